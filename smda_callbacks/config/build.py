@@ -1,0 +1,148 @@
+"""A checked configuration -> the plain objects that the library works with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from smda_callbacks.config.schema import ProbesConfig, SAEConfig, SMDAConfig, SourceConfig
+from smda_callbacks.observe.behaviour import prefix_probability
+from smda_callbacks.observe.distil import DistilOptions
+from smda_callbacks.observe.probes import (
+    FORMATS,
+    Columns,
+    ProbeError,
+    ProbeSet,
+    check_probes,
+    default_probes,
+    load_rows,
+    sample_per_category,
+    with_expected,
+)
+from smda_callbacks.observe.sae import SAEHandle, load_sae
+from smda_callbacks.records import PolicyRecord
+from smda_callbacks.sinks.base import Sink
+from smda_callbacks.training.alerts import AlertLimits
+from smda_callbacks.training.plan import Plan
+
+#: Sources that start with this name what ships with the library.
+BUILTIN = "builtin:"
+
+
+def build_plan(config: SMDAConfig) -> Plan:
+    """The measurement plan of a configuration. Probes and a saved policy are read now, the SAE when training starts."""
+    policy, measure, behaviour = config.policy, config.measure, config.behaviour
+    return Plan(
+        probes=build_probes(config.probes),
+        load_sae=lambda: build_sae(config.sae),
+        scorers=(prefix_probability("refusal", behaviour.refusals),),
+        contrast={"compliance": behaviour.compliances},
+        target=behaviour.target,
+        readout=behaviour.readout,
+        batch_size=measure.batch_size,
+        system=behaviour.system_prompt,
+        template=behaviour.chat_template_kwargs,
+        allow_model_mismatch=config.sae.allow_model_mismatch,
+        distil=distil_options(config),
+        policy=load_policy(policy.path) if policy.path else None,
+        every=measure.every,
+        health_every=measure.health_every,
+        noise_draws=measure.noise_draws,
+        limits=AlertLimits(**config.alerts.model_dump()),
+        on_error=measure.on_error,
+        make_sinks=lambda args: build_sinks(config, args),
+        config=config.model_dump(mode="json"),
+        seed=config.seed,
+    )
+
+
+def distil_options(config: SMDAConfig) -> DistilOptions:
+    """How the policy is distilled."""
+    policy = config.policy
+    return DistilOptions(
+        support=policy.support,
+        min_active=policy.min_active,
+        lam=None if policy.lam == "auto" else policy.lam,
+        lam_tolerance=policy.lam_tolerance,
+        cv_folds=policy.cv_folds,
+        seed=config.seed,
+    )
+
+
+def build_probes(config: ProbesConfig) -> ProbeSet:
+    """The probe set of a configuration.
+
+    Raises:
+        ProbeError: a source cannot be read, or the set cannot be measured.
+    """
+    if not config.sources:
+        probes = list(default_probes().probes)
+    else:
+        probes = [probe for source in config.sources for probe in _read_source(source)]
+    if config.max_per_category is not None:
+        probes = sample_per_category(probes, config.max_per_category)
+    return check_probes(probes)
+
+
+def build_sae(config: SAEConfig) -> SAEHandle:
+    """Load the SAE of a configuration.
+
+    Raises:
+        SAEError: it cannot be loaded or would be read wrongly.
+    """
+    return load_sae(
+        builtin_path(config.source),
+        config.sae_id,
+        hook_name=config.hook_name,
+        norm_scaling_factor=config.norm_scaling_factor,
+        center=config.center,
+    )
+
+
+def build_sinks(config: SMDAConfig, args: Any) -> Sequence[Sink]:
+    """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments."""
+    from smda_callbacks.sinks.store import StoreSink
+
+    folder = Path(config.store.dir) if config.store.dir else Path(args.output_dir) / "smda"
+    sinks: list[Sink] = [StoreSink(folder, resume=config.store.resume)]
+    if _wants_wandb(config, args):
+        from smda_callbacks.sinks.wandb_sink import WandbSink
+
+        options = config.wandb.model_dump(exclude={"enabled", "artifacts"})
+        sinks.append(WandbSink(**options, store_path=folder if config.wandb.artifacts else None))
+    return sinks
+
+
+def load_policy(path: str | Path) -> PolicyRecord:
+    """A policy saved by ``smda distill`` or inside a run store."""
+    from smda_callbacks.sinks.store_reader import read_policy
+
+    return read_policy(Path(path))
+
+
+def builtin_path(source: str) -> str:
+    """The path behind ``builtin:...``; any other source as it is."""
+    if not source.startswith(BUILTIN):
+        return source
+    path = Path(str(resources.files("smda_callbacks") / "data")) / source.removeprefix(BUILTIN)
+    if not path.exists():
+        known = sorted(each.name for each in (path.parent.iterdir() if path.parent.is_dir() else ()))
+        raise ProbeError(f"{source!r} does not ship with the library. Beside it: {', '.join(known) or 'nothing'}.")
+    return str(path)
+
+
+def _read_source(config: SourceConfig) -> list[Any]:
+    if config.format not in FORMATS:
+        raise ProbeError(f"unknown probe format {config.format!r}. Allowed: {', '.join(FORMATS)}.")
+    given = {name: value for name, value in config.columns.model_dump().items() if value is not None}
+    columns = Columns(**{**vars(FORMATS[config.format]), **given})
+    rows = load_rows(builtin_path(config.source), columns=columns, category=config.category)
+    return with_expected(rows, config.expected) if config.expected else rows
+
+
+def _wants_wandb(config: SMDAConfig, args: Any) -> bool:
+    if config.wandb.enabled != "auto":
+        return bool(config.wandb.enabled)
+    return bool({"wandb", "all"} & set(args.report_to or ()))

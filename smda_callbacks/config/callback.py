@@ -1,0 +1,29 @@
+"""The callback as users write it: one line, from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smda_callbacks.config.build import build_plan
+from smda_callbacks.config.load import load_config
+from smda_callbacks.config.schema import SMDAConfig
+from smda_callbacks.training.callback import MeasuringCallback
+
+
+class SMDACallback(MeasuringCallback):
+    """Watches a LoRA run: ``SFTTrainer(..., callbacks=[SMDACallback.from_config("configs/refusal.yaml")])``.
+
+    Give it a :class:`~smda_callbacks.training.plan.Plan` of your own objects, or use :meth:`from_config`.
+    """
+
+    @classmethod
+    def from_config(cls, config: str | Path | Mapping[str, Any] | SMDAConfig) -> SMDACallback:
+        """Make the callback from a YAML file, a mapping, or a checked configuration.
+
+        Raises:
+            ConfigError: lists every fault of the configuration.
+            ProbeError: the probes cannot be read or measured.
+        """
+        return cls(build_plan(load_config(config)))

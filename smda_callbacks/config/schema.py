@@ -1,0 +1,152 @@
+"""The keys of a configuration file, their types, defaults and limits. Data only: nothing is loaded or built here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from smda_callbacks.observe.features import Readout
+from smda_callbacks.observe.instrument import Target
+from smda_callbacks.observe.prefixes import COMPLIANCES, REFUSALS
+from smda_callbacks.records import Expected
+
+
+class Section(BaseModel):
+    """A section: frozen, and no key that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ColumnsConfig(Section):
+    """Column names of a prompt file; what is left out comes from the source's format."""
+
+    text: str | None = None
+    category: str | None = None
+    label: str | None = None
+    refuse_labels: tuple[str, ...] | None = None
+    id: str | None = None
+
+
+class SourceConfig(Section):
+    """One file or data set of prompts."""
+
+    source: str
+    format: str = "smda"
+    columns: ColumnsConfig = ColumnsConfig()
+    category: str | None = None
+    expected: Expected | None = None
+
+
+class ProbesConfig(Section):
+    """What is asked. No sources: the probe set that ships with the library."""
+
+    sources: tuple[SourceConfig, ...] = ()
+    max_per_category: int | None = Field(None, ge=1)
+
+
+class ModelConfig(Section):
+    """Used by the command line and the recipes; the callback takes the trainer's own model."""
+
+    id: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class SAEConfig(Section):
+    """Which sparse autoencoder: a folder, a release of the sae-lens registry, or a repository id."""
+
+    source: str
+    sae_id: str | None = None
+    hook_name: str | None = None
+    norm_scaling_factor: float | None = Field(None, gt=0)
+    center: bool = False
+    allow_model_mismatch: bool = False
+
+
+class BehaviourConfig(Section):
+    """How refusal is scored, and where features are read."""
+
+    refusals: tuple[str, ...] = REFUSALS
+    compliances: tuple[str, ...] = COMPLIANCES
+    target: Target = "probability"
+    readout: Readout = "last"
+    system_prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _lists_are_not_empty(self) -> BehaviourConfig:
+        for name in ("refusals", "compliances"):
+            if not getattr(self, name):
+                raise ValueError(
+                    f"{name} is empty; name at least one opening, or leave the key out for the default list"
+                )
+        return self
+
+
+class PolicyConfig(Section):
+    """How the policy is distilled, or where a saved one lies."""
+
+    path: str | None = None
+    support: int = Field(64, ge=1)
+    min_active: int = Field(8, ge=1)
+    lam: Literal["auto"] | float = "auto"
+    lam_tolerance: float = Field(0.05, ge=0)
+    cv_folds: int = Field(10, ge=0)
+
+    @model_validator(mode="after")
+    def _lam_is_positive(self) -> PolicyConfig:
+        if self.lam != "auto" and not 0 < self.lam < float("inf"):
+            raise ValueError(f"lam must be a finite number above 0, or auto; got {self.lam}")
+        return self
+
+
+class MeasureConfig(Section):
+    """When and how the model is read."""
+
+    every: int = Field(1, ge=1)
+    health_every: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    noise_draws: int = Field(8, ge=0)
+    on_error: Literal["warn", "raise"] = "warn"
+
+
+class AlertsConfig(Section):
+    """Beyond these, an alert is raised."""
+
+    refusal_drop: float = Field(0.15, gt=0)
+    refusal_rise: float = Field(0.15, gt=0)
+    delta_fvu: float = Field(1.0, gt=0)
+    fvu_ratio: float = Field(1.5, gt=0)
+
+
+class StoreConfig(Section):
+    """Where the run is stored. No ``dir``: ``smda`` in the trainer's output folder."""
+
+    dir: str | None = None
+    resume: bool = False
+
+
+class WandbConfig(Section):
+    """Weights & Biases. ``auto``: wherever the trainer reports to it, or a run is open."""
+
+    enabled: Literal["auto"] | bool = "auto"
+    project: str | None = None
+    mode: Literal["online", "offline"] | None = None
+    tables_every: int = Field(10, ge=1)
+    log_text: Literal["none", "hash", "full"] = "none"
+    artifacts: bool = True
+
+
+class SMDAConfig(Section):
+    """A whole configuration."""
+
+    model: ModelConfig = ModelConfig()
+    probes: ProbesConfig = ProbesConfig()
+    sae: SAEConfig
+    behaviour: BehaviourConfig = BehaviourConfig()
+    policy: PolicyConfig = PolicyConfig()
+    measure: MeasureConfig = MeasureConfig()
+    alerts: AlertsConfig = AlertsConfig()
+    store: StoreConfig = StoreConfig()
+    wandb: WandbConfig = WandbConfig()
+    seed: int = 0

@@ -1,0 +1,121 @@
+"""Everything that stays fixed while one model is watched, checked once, before training.
+
+Probes, their batches, the SAE, the scorers and the read-out never change during a run, so that two snapshots differ
+only by the weights of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.batches import ProbeBatches, chat_prompt, make_batches, response_encoder, tokenize_probes
+from smda_callbacks.observe.behaviour import Scorer, openings_of, prefix_probability, score
+from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
+from smda_callbacks.observe.prefixes import PrefixError, build_tree, check_prefix_free
+from smda_callbacks.observe.probes import ProbeSet
+from smda_callbacks.observe.reading import Reading, read
+from smda_callbacks.observe.sae import SAEHandle, check_fit
+from smda_callbacks.records import Array, Snapshot
+
+Target = Literal["probability", "logit"]
+TARGETS: tuple[Target, ...] = ("probability", "logit")
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """Reads one model: fixed probes, batches, SAE, scorers, read-out and encoded features."""
+
+    handle: SAEHandle
+    probes: ProbeSet
+    batches: ProbeBatches
+    scorers: tuple[Scorer, ...]
+    target: Target
+    readout: Readout
+    encode: Encoder
+
+    @property
+    def behaviours(self) -> tuple[str, ...]:
+        """Names of the behaviours, in the order of the columns of y."""
+        return tuple(each.name for each in self.scorers)
+
+    def read(self, model: nn.Module) -> Reading:
+        """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`."""
+        return read(model, self.batches, self.handle.site, self.encode, readout=self.readout)
+
+    def snapshot(self, step: int, reading: Reading) -> Snapshot:
+        """(X, Y) of a reading as float64 numpy arrays."""
+        return Snapshot(step, *arrays(reading), self.scores(reading))
+
+    def scores(self, reading: Reading) -> Array:
+        """Behaviours ``[probe, behaviour]``: probabilities, or log-odds when the target is ``logit``."""
+        return score(self.scorers, self.batches.tree, reading.log_probs, self.target)
+
+    def of_features(self, features: np.ndarray) -> Instrument:
+        """The same instrument, reading only these SAE features from now on."""
+        return replace(self, encode=encoder(self.handle, torch.from_numpy(features)))
+
+
+def arrays(reading: Reading) -> tuple[Array, Array]:
+    """``pre`` and ``gate`` of a reading, ``[probe, feature]`` float64 numpy."""
+    return reading.pre.double().cpu().numpy(), reading.gate.double().cpu().numpy()
+
+
+def build_instrument(
+    model: nn.Module,
+    tokenizer: Any,
+    handle: SAEHandle,
+    probes: ProbeSet,
+    *,
+    scorers: Sequence[Scorer] = (prefix_probability(),),
+    contrast: Mapping[str, Sequence[str]] | None = None,
+    target: Target = "probability",
+    readout: Readout = "last",
+    batch_size: int = 64,
+    system: str | None = None,
+    template: Mapping[str, Any] | None = None,
+    allow_model_mismatch: bool = False,
+) -> Instrument:
+    """Check that model, SAE, tokenizer, probes and openings fit together, and make the instrument that reads them.
+
+    Args:
+        contrast: lists of openings that are not scored but must be told apart from the scored ones (compliance).
+        system: a system prompt put before every probe; template: extra arguments of the chat template, for example
+            ``{"enable_thinking": False}``.
+
+    Raises:
+        SAEError, HookError, ProbeError, PrefixError, ValueError: each says what does not fit and what to do.
+    """
+    if target not in TARGETS or readout not in READOUTS:
+        raise ValueError(
+            f"target {target!r} or readout {readout!r} is unknown. Allowed targets: {', '.join(TARGETS)}; "
+            f"read-outs: {', '.join(READOUTS)}."
+        )
+    names = [each.name for each in scorers]
+    if not names or len(set(names)) != len(names):
+        raise PrefixError(f"behaviours must have different names and there must be one at least, got {names}.")
+    check_fit(handle, model, allow_model_mismatch=allow_model_mismatch)
+    first = chat_prompt(tokenizer, probes.probes[0].text, system=system, template=template)
+    encode_opening = response_encoder(tokenizer, first)
+    for each in scorers:
+        check_prefix_free({each.name: each.openings, **(contrast or {})}, encode_opening)
+    tree = build_tree(openings_of(scorers), encode_opening)
+    config = unwrap(model).config
+    ids = tokenize_probes(
+        tokenizer,
+        probes,
+        context=getattr(config.get_text_config(), "max_position_embeddings", None),
+        reserve=max(tree.depths),
+        system=system,
+        template=template,
+    )
+    batches = make_batches(ids, tree, batch_size=batch_size, pad=tokenizer.pad_token_id or 0)
+    device = next(model.parameters()).device
+    handle = handle.to(device)
+    return Instrument(handle, probes, batches, tuple(scorers), target, readout, encoder(handle))

@@ -1,0 +1,106 @@
+"""How much would chance move? Readings under random LoRA updates of the size of an optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from smda_callbacks.maths.pathways import State, split_shift
+from smda_callbacks.maths.uncertainty import rms_floor
+from smda_callbacks.observe.guard import weights_restored
+from smda_callbacks.observe.instrument import Instrument, arrays
+from smda_callbacks.observe.reading import Reading
+from smda_callbacks.records import Array, NoiseFloor, PolicyRecord, Snapshot
+
+#: Size of the second perturbation, relative to the first: small enough that only rounding is left.
+ROUNDING_SCALE = 1e-3
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that training changes, in the order of their names."""
+    return [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+
+
+def random_readings(
+    model: nn.Module, take: Callable[[], Reading], *, size: float, draws: int, seed: int = 0
+) -> Iterator[Reading]:
+    """Readings of ``model`` with every trained weight moved by ±``size`` at random; the weights come back bit for bit.
+
+    AdamW moves a weight by about the learning rate per step whatever the gradient, so ``size`` = peak learning rate is
+    an update as large as an optimizer step with all meaning taken out of its direction.
+
+    Raises:
+        ValueError: ``size`` or ``draws`` not positive.
+    """
+    if size <= 0 or draws <= 0:
+        raise ValueError(f"size and draws must be positive, got size={size} and draws={draws}.")
+    parameters = trained_parameters(model)
+    generator = torch.Generator().manual_seed(seed)  # its own: the global random state belongs to training
+    for _ in range(draws):
+        with weights_restored(parameters), torch.no_grad():
+            for parameter in parameters:
+                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
+                parameter.add_(signs.to(parameter.device, parameter.dtype), alpha=size)
+            yield take()
+
+
+class UpdateMeter:
+    """Root mean square change per trained weight since the last reset. Keeps one copy of the trained weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = trained_parameters(model)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start a new window here."""
+        self._before = [parameter.detach().clone() for parameter in self._parameters]
+
+    def rms(self) -> float:
+        """Root mean square change per trained weight."""
+        squares, count = 0.0, 0
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            squares += (parameter.detach() - before).double().square().sum().item()
+            count += parameter.numel()
+        return float((squares / count) ** 0.5) if count else 0.0
+
+
+def measure_noise(
+    instrument: Instrument,
+    model: nn.Module,
+    policy: PolicyRecord,
+    baseline: Snapshot,
+    *,
+    size: float,
+    draws: int,
+    seed: int = 0,
+    tick: Callable[[], object] = lambda: None,
+) -> NoiseFloor:
+    """Noise floor of the policy's shifts and of every category's mean behaviour, from ``2 * draws`` readings.
+
+    Args:
+        baseline: the snapshot of ``model`` as it is now.
+        size: change of every trained weight, normally the peak learning rate.
+        tick: called after every reading, for a progress bar.
+    """
+    groups = instrument.probes.groups
+    members = np.eye(groups.max() + 1)[:, groups]
+    average = members / members.sum(axis=1, keepdims=True)  # [category, probe]
+    before = State(baseline.pre, baseline.gate, baseline.y)
+
+    def floors(scale: float, seed: int) -> tuple[dict[str, Array], Array]:
+        shifts, changes = [], []
+        take = partial(instrument.read, model)
+        for reading in random_readings(model, take, size=size * scale, draws=draws, seed=seed):
+            after = State(*arrays(reading), instrument.scores(reading))
+            shifts.append(split_shift(before, after, scale=policy.scale, lam=policy.lam).as_dict())
+            changes.append(average @ (after.y - before.y))
+            tick()
+        return rms_floor(shifts), np.sqrt(np.mean(np.square(changes), axis=0))
+
+    random, behaviour_random = floors(1.0, seed)
+    rounding, behaviour_rounding = floors(ROUNDING_SCALE, seed + 1)
+    return NoiseFloor(draws, size, random, rounding, behaviour_random, behaviour_rounding)

@@ -1,0 +1,166 @@
+"""One pass over the probes of a live model: residual stream at the SAE's hook, and log-probabilities of openings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from smda_callbacks.observe.activations import HookSite, captured, unwrap
+from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
+from smda_callbacks.observe.features import Encoder, Readout, pool
+from smda_callbacks.observe.guard import measuring
+from smda_callbacks.records import Array
+
+#: Attention implementations that take a four-dimensional mask, so that the tree is read in the prompt's own pass.
+MASK_ATTENTION = ("sdpa", "eager")
+
+
+class NotFiniteError(RuntimeError):
+    """The model's activations or probabilities hold NaN or inf: nothing may be computed from them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one pass saw. ``hidden`` is the residual stream at the last prompt token, float32, on the model's device."""
+
+    hidden: Tensor  # [probe, d_in]
+    pre: Tensor  # [probe, feature]
+    gate: Tensor  # [probe, feature]
+    log_probs: Array  # [probe, opening], float64, natural log
+
+
+def read(
+    model: nn.Module, batches: ProbeBatches, site: HookSite, encode: Encoder, *, readout: Readout = "last"
+) -> Reading:
+    """Read every probe once, leaving no trace in the model.
+
+    Args:
+        model: what the trainer trains, adapters included; called as a whole, so its autocast applies.
+        encode: the features to read.
+        readout: where features are read: ``last`` prompt token, or ``mean``/``max`` over the prompt's own tokens.
+
+    Raises:
+        NotFiniteError: NaN or inf in activations or log-probabilities; says how many probes.
+    """
+    one_pass = _tree_pass if tree_in_one_pass(model) else _cached_pass
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    with measuring(model):
+        device = next(model.parameters()).device
+        for batch in batches.batches:
+            batch = batch.to(device)
+            stream, edges = one_pass(model, batch, batches, site)
+            parts.append((stream[:, -1].float(), *_features(stream, batch, encode, readout), edges))
+    order = torch.argsort(torch.cat([batch.index for batch in batches.batches])).to(device)
+    hidden, pre, gate, edges = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+    log_probs = _opening_log_probs(edges.double().cpu().numpy(), batches)
+    _check_finite(hidden, log_probs)
+    return Reading(hidden, pre, gate, log_probs)
+
+
+def tree_in_one_pass(model: nn.Module) -> bool:
+    """Whether the openings can be read in the prompt's own pass: the attention takes masks of our own."""
+    return getattr(unwrap(model).config.get_text_config(), "_attn_implementation", None) in MASK_ATTENTION
+
+
+def _features(stream: Tensor, batch: ProbeBatch, encode: Encoder, readout: Readout) -> tuple[Tensor, Tensor]:
+    stream = stream[:, -1:] if readout == "last" else stream
+    pre, gate = encode(stream)
+    return pool(pre, gate, batch.span, readout)
+
+
+def _tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
+    """Prompt and tree in one pass. Returns the stream ``[row, width + 1, d]`` and edge log-probs ``[row, edge]``."""
+    nodes = len(batches.tree.tokens)
+    with captured(model, site) as seen:
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=_masks(model, batch),
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=nodes,
+        )
+    return seen[0][:, : batch.width + 1], _edge_log_probs(output.logits[:, -nodes:], batches)
+
+
+def _masks(model: nn.Module, batch: ProbeBatch) -> Tensor | dict[str, Tensor]:
+    """The batch's mask as this model takes it: windows cut by position, not by column, and per layer type if mixed."""
+    config = unwrap(model).config.get_text_config()
+
+    def typed(mask: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    window = getattr(config, "sliding_window", None)
+    if window is None or batch.input_ids.shape[1] <= window:
+        return typed(batch.attends)
+    distance = batch.position_ids.unsqueeze(2) - batch.position_ids.unsqueeze(1)
+    near = typed(batch.attends & (distance < window).unsqueeze(1))
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return {"full_attention": typed(batch.attends), "sliding_attention": near}
+    return near
+
+
+def _cached_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
+    """The same for attention without custom masks: the prompt once into a cache, then a row per branch of the tree."""
+    tree, rows, end = batches.tree, len(batch.index), batch.width + 1
+    mask = batch.attends[:, 0, batch.width, :end].long()
+    with captured(model, site) as seen:
+        output = model(
+            input_ids=batch.input_ids[:, :end],
+            attention_mask=mask,
+            position_ids=batch.position_ids[:, :end],
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    logits = [output.logits[:, -1:]]
+    branches = [tree.ancestors(node) for node in range(1, len(tree.tokens)) if node not in tree.parents]
+    if branches:
+        depth = max(map(len, branches))
+        tokens = torch.tensor([[tree.tokens[k] for k in line] + [0] * (depth - len(line)) for line in branches])
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(len(branches))
+        positions = batch.lengths.repeat_interleave(len(branches)).unsqueeze(1) + torch.arange(
+            depth, device=mask.device
+        )
+        after = model(
+            input_ids=tokens.to(mask.device).repeat(rows, 1),
+            attention_mask=torch.cat(
+                [mask.repeat_interleave(len(branches), 0), mask.new_ones(rows * len(branches), depth)], dim=1
+            ),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=depth,
+        ).logits[:, -depth:]
+        after = after.reshape(rows, len(branches), depth, -1)
+        place = {node: (b, d) for b, line in enumerate(branches) for d, node in enumerate(line)}
+        logits += [after[:, place[node][0], place[node][1]].unsqueeze(1) for node in range(1, len(tree.tokens))]
+    return seen[0][:, :end], _edge_log_probs(torch.cat(logits, dim=1), batches)
+
+
+def _edge_log_probs(logits: Tensor, batches: ProbeBatches) -> Tensor:
+    """``logits [row, node, vocabulary]`` -> log P(edge's token | edge's node), ``[row, edge]`` float32."""
+    logits = logits.float()
+    nodes = torch.from_numpy(batches.tree.edge_nodes).to(logits.device)
+    tokens = torch.from_numpy(batches.tree.edge_tokens).to(logits.device)
+    return logits[:, nodes, tokens] - logits.logsumexp(dim=-1)[:, nodes]
+
+
+def _opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:
+    return np.stack([edges[:, list(path)].sum(axis=1) for path in batches.tree.paths], axis=1)
+
+
+def _check_finite(hidden: Tensor, log_probs: Array) -> None:
+    bad_hidden = int((~torch.isfinite(hidden)).any(dim=1).sum())
+    bad_probs = int((np.isnan(log_probs) | np.isposinf(log_probs)).any(axis=1).sum())
+    if bad_hidden or bad_probs:
+        raise NotFiniteError(
+            f"NaN or inf in the activations of {bad_hidden} and in the probabilities of {bad_probs} of {len(hidden)} "
+            "probes. The reading is recorded as not finite and booked nowhere. Next step: look at the loss and the "
+            "gradient norm of this step."
+        )

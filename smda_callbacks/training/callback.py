@@ -1,0 +1,178 @@
+"""The callback: the order of events, and nothing else.
+
+What a trainer does, with the points where the callback acts marked ``*``::
+
+    on_train_begin           * check everything, distil or load the policy, measure the noise floor, open the sinks
+    for every epoch:
+        for every optimizer step:
+            on_step_begin
+            for every micro-batch: forward, backward          (gradient accumulation repeats this)
+            clip gradients
+            on_pre_optimizer_step  * note the learning rate
+            optimizer step, scheduler step, zero gradients
+            on_step_end      * every k steps: read the probes, book the window
+            on_log           * note the loss
+    on_train_end             * book what is left, close the sinks
+
+Only the main process measures.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from smda_callbacks.records import Alert, WindowRecord
+from smda_callbacks.training.monitor import Monitor
+from smda_callbacks.training.plan import Plan
+
+logger = logging.getLogger("smda_callbacks")
+
+
+class AdapterError(ValueError):
+    """The model has nothing that a LoRA run would train."""
+
+
+class MeasuringCallback(TrainerCallback):
+    """Watches a LoRA run of :class:`~trl.SFTTrainer` or :class:`~transformers.Trainer` by a :class:`Plan`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.monitor: Monitor | None = None
+        self._trainer: dict[str, float] = {}
+        self._skipped: list[int] = []
+        self._booked = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Refuse what cannot be measured, and take the baseline."""
+        if not state.is_world_process_zero:
+            return
+        model, tokenizer = kwargs["model"], kwargs.get("processing_class")
+        require_lora(model)
+        show_log()
+        self._trainer, self._skipped, self._booked = {}, [], state.global_step
+        self.monitor = Monitor(self.plan, model, tokenizer, args, state.global_step)
+        logger.info(opening_line(self.monitor))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The learning rate of this step; after it the scheduler has moved on."""
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:
+            self._trainer["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Book a window every ``plan.every`` optimizer steps."""
+        if self.monitor is None:
+            return
+        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self._skipped.append(state.global_step)
+        if (state.global_step - self._booked) >= self.plan.every:
+            record = self._book(self.monitor, kwargs["model"], state)
+            if control.should_log:
+                logger.info(window_line(self.monitor, record))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Note the loss; alert when it is not a number."""
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if self.monitor is None or loss is None:
+            return
+        if math.isfinite(float(loss)):
+            self._trainer["loss"] = float(loss)
+        else:
+            message = f"the training loss is {loss}: this run is diverging"
+            self.monitor.alert(Alert(state.global_step, "loss_not_finite", message))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Book the last, shorter window and close."""
+        if self.monitor is None:
+            return
+        if state.global_step > self._booked:
+            self._book(self.monitor, kwargs["model"], state)
+        end = self.monitor.finish(state.global_step)
+        logger.info(closing_line(self.monitor, end.train_seconds))
+        self.monitor = None
+
+    def _book(self, monitor: Monitor, model: nn.Module, state: TrainerState) -> WindowRecord:
+        trainer = {**self._trainer, "epoch": float(state.epoch or 0.0)}
+        record = monitor.measure(model, state.global_step, self._booked + 1, tuple(self._skipped), trainer)
+        self._booked, self._skipped = state.global_step, []
+        return record
+
+
+def require_lora(model: nn.Module) -> None:
+    """Refuse a model without a LoRA adapter.
+
+    Raises:
+        AdapterError: says what was found.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if not adapters:
+        raise AdapterError(
+            f"{type(model).__name__} has no LoRA adapter. This library watches LoRA runs. Next step: pass peft_config "
+            "to SFTTrainer, or wrap the model with get_peft_model before training."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise AdapterError("no parameter of the model requires a gradient. Next step: make the adapter trainable.")
+
+
+def show_log() -> None:
+    """Show the library's messages where the program has not set up logging itself, without breaking progress bars."""
+    if logger.hasHandlers():
+        return
+    from tqdm.auto import tqdm
+
+    class BarFriendly(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            tqdm.write(f"[smda] {record.getMessage()}")
+
+    logger.addHandler(BarFriendly())
+    logger.setLevel(logging.INFO)
+
+
+def opening_line(monitor: Monitor) -> str:
+    """One line on what is watched and how far it may be believed."""
+    policy, quality = monitor.policy, monitor.policy.quality[0]
+    gaps = [row["category"] for row in monitor.start.gaps if row["is_gap"]]
+    return (
+        f"watching {', '.join(policy.behaviours)} on {len(monitor.plan.probes)} probes through {len(policy.features)} "
+        f"features of {policy.sae_id}: R² {quality.r2:.2f}, leave-one-out {quality.r2_loo:.2f}, λ {policy.lam:.3g}; "
+        f"gaps: {', '.join(gaps) or 'none'}"
+    )
+
+
+def group_means(monitor: Monitor) -> tuple[float, float]:
+    """Mean of the first behaviour over the probes to refuse and over those to comply with, at the last snapshot."""
+    y = monitor.snapshot.y[:, 0]
+    refuse = [probe.expected == "refuse" for probe in monitor.plan.probes.probes]
+    inverse = [not flag for flag in refuse]
+    return float(y[refuse].mean()), float(y[inverse].mean())
+
+
+def window_line(monitor: Monitor, record: WindowRecord) -> str:
+    """One line on a window."""
+    if record.status != "ok":
+        return f"step {record.step}: {record.status}"
+    harmful, benign = group_means(monitor)
+    name = monitor.policy.behaviours[0]
+    return f"step {record.step}: {name} {harmful:.3f} on probes to refuse, {benign:.3f} on the others"
+
+
+def closing_line(monitor: Monitor, train_seconds: float) -> str:
+    """One line on what the run did and what watching it cost."""
+    share = monitor.seconds / train_seconds if train_seconds else 0.0
+    harmful, benign = group_means(monitor)
+    name = monitor.policy.behaviours[0]
+    return (
+        f"done: {name} {harmful:.3f} on probes to refuse, {benign:.3f} on the others; "
+        f"measuring took {monitor.seconds:.1f} s, {share:.0%} of the training time"
+    )

@@ -1,0 +1,198 @@
+"""The state of one watched run, and the three things that happen to it: start, measure, finish."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from smda_callbacks.observe.distil import distil
+from smda_callbacks.observe.health import sae_health
+from smda_callbacks.observe.instrument import build_instrument
+from smda_callbacks.observe.noise import UpdateMeter, measure_noise
+from smda_callbacks.observe.reading import NotFiniteError, Reading
+from smda_callbacks.records import Alert, NoiseFloor, PolicyRecord, RunEnd, RunStart, SAEHealth, WindowRecord
+from smda_callbacks.training.alerts import AlertBook, behaviour_alerts, health_alerts
+from smda_callbacks.training.booking import book_window, gaps_of, refit
+from smda_callbacks.training.manifest import build_manifest
+from smda_callbacks.training.plan import Plan
+
+logger = logging.getLogger("smda_callbacks")
+
+
+class Monitor:
+    """Watches one training run of ``model``. Every snapshot is compared with the last one that could be read.
+
+    Creating it does everything that can be refused: instrument, policy, noise floor, sinks. Nothing is trained before.
+    """
+
+    def __init__(self, plan: Plan, model: nn.Module, tokenizer: Any, args: Any, step: int) -> None:
+        self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
+        self.policy: PolicyRecord
+        full = build_instrument(
+            model,
+            tokenizer,
+            plan.load_sae(),
+            plan.probes,
+            scorers=plan.scorers,
+            contrast=plan.contrast,
+            target=plan.target,
+            readout=plan.readout,
+            batch_size=plan.batch_size,
+            system=plan.system,
+            template=plan.template,
+            allow_model_mismatch=plan.allow_model_mismatch,
+        )
+        if plan.policy is None:
+            self.policy, self.instrument, reading = distil(full, model, tokenizer, plan.distil)
+        else:
+            self.policy = plan.policy
+            self.instrument = full.of_features(plan.policy.features)
+            reading = self.instrument.read(model)
+        self._baseline(step, reading)
+        self.noise = self._noise(model, args)
+        self.sinks = tuple(plan.make_sinks(args))
+        self.start = self._open(model, args)
+        self.meter = UpdateMeter(model)
+        self.book, self.measured, self.told_failure = AlertBook(), 0, False
+
+    def _baseline(self, step: int, reading: Reading) -> None:
+        health = sae_health(self.instrument.handle, reading.hidden, start=reading.hidden)
+        self.hidden_start = self.hidden = reading.hidden
+        self.snapshot = self.instrument.snapshot(step, reading)
+        fit = refit(self.snapshot, self.policy)
+        self.window = self.baseline = WindowRecord(
+            step=step,
+            first_step=step,
+            skipped=(),
+            status="ok",
+            seconds=0.0,
+            snapshot=self.snapshot,
+            health=health,
+            **fit,
+        )
+        self.health_start: SAEHealth = health
+
+    def _noise(self, model: nn.Module, args: Any) -> NoiseFloor | None:
+        if self.plan.noise_draws == 0 or args.learning_rate <= 0:
+            return None
+        bar = tqdm(total=2 * self.plan.noise_draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False)
+        with bar:
+            return measure_noise(
+                self.instrument,
+                model,
+                self.policy,
+                self.snapshot,
+                size=args.learning_rate,
+                draws=self.plan.noise_draws,
+                seed=self.plan.seed,
+                tick=bar.update,
+            )
+
+    def _open(self, model: nn.Module, args: Any) -> RunStart:
+        manifest = build_manifest(self.plan, self.instrument, self.policy, model, args)
+        gaps = gaps_of(self.snapshot, self.policy, self.plan.probes.probes, refit(self.snapshot, self.policy))
+        start = RunStart(manifest, self.plan.probes.probes, self.policy, self.baseline, gaps, self.noise)
+        for sink in self.sinks:
+            sink.open(start)
+        return start
+
+    def measure(
+        self, model: nn.Module, step: int, first_step: int, skipped: tuple[int, ...], trainer: Mapping[str, float]
+    ) -> WindowRecord:
+        """Read the probes, book the window since the last good reading, and hand the record to the sinks.
+
+        A reading that is not finite, or that fails, is recorded and booked nowhere; the next window spans it.
+        """
+        began = time.perf_counter()
+        head: dict[str, Any] = {"step": step, "first_step": first_step, "skipped": skipped, "trainer": dict(trainer)}
+        try:
+            record = self._window(model, head)
+        except NotFiniteError as error:
+            record = WindowRecord(status="not_finite", seconds=0.0, error=str(error), **head)
+            alert = Alert(step, "not_finite", str(error))
+            record = replace(record, alerts=self.book.new([alert]))
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            record = WindowRecord(status="failed", seconds=0.0, error=f"{type(error).__name__}: {error}", **head)
+            self._tell_failure(error)
+        record = replace(record, seconds=time.perf_counter() - began)
+        self.seconds += record.seconds
+        if record.status == "ok":
+            self.window = record
+        for alert in record.alerts:
+            logger.warning("step %d: %s", alert.step, alert.message)
+        self._each_sink("write", record)
+        return record
+
+    def _window(self, model: nn.Module, head: dict[str, Any]) -> WindowRecord:
+        reading = self.instrument.read(model)
+        snapshot = self.instrument.snapshot(head["step"], reading)
+        booked = book_window(self.snapshot, snapshot, self.policy, self.plan.probes.groups, seed=self.plan.seed)
+        health = self._health(reading)
+        alerts = behaviour_alerts(snapshot.step, snapshot.y, self._start_y(), self.plan.probes.probes, self.plan.limits)
+        if health is not None:
+            alerts += health_alerts(snapshot.step, health, self.health_start, self.plan.limits)
+        record = WindowRecord(
+            status="ok",
+            seconds=0.0,
+            update_rms=self.meter.rms(),
+            snapshot=snapshot,
+            health=health,
+            alerts=self.book.new(alerts),
+            **head,
+            **booked.fields(),
+        )
+        self.meter.reset()
+        self.snapshot, self.hidden = snapshot, reading.hidden
+        return record
+
+    def _health(self, reading: Reading) -> SAEHealth | None:
+        self.measured += 1
+        if (self.measured - 1) % self.plan.health_every:
+            return None
+        return sae_health(self.instrument.handle, reading.hidden, start=self.hidden_start, before=self.hidden)
+
+    def _start_y(self) -> Any:
+        assert self.baseline.snapshot is not None
+        return self.baseline.snapshot.y
+
+    def finish(self, step: int) -> RunEnd:
+        """Close the sinks with the gap table of the last good snapshot."""
+        fit = {"coef": self.window.coef, "intercept": self.window.intercept}
+        gaps = gaps_of(self.snapshot, self.policy, self.plan.probes.probes, fit)
+        end = RunEnd(step, "finished", self.seconds, time.perf_counter() - self.began, gaps)
+        self._each_sink("close", end)
+        return end
+
+    def alert(self, alert: Alert) -> None:
+        """An alert that belongs to no window, such as a loss that is not finite."""
+        for fresh in self.book.new([alert]):
+            logger.warning("step %d: %s", fresh.step, fresh.message)
+            self._each_sink("alert", fresh)
+
+    def _each_sink(self, method: str, record: Any) -> None:
+        for sink in self.sinks:
+            try:
+                getattr(sink, method)(record)
+            except Exception as error:
+                if self.plan.on_error == "raise":
+                    raise
+                self._tell_failure(error)
+
+    def _tell_failure(self, error: Exception) -> None:
+        if not self.told_failure:
+            self.told_failure = True
+            logger.warning(
+                "a measurement failed (%s: %s); training goes on, the window is recorded as failed, further failures "
+                "are counted in silence. Set on_error: raise to stop instead.",
+                type(error).__name__,
+                error,
+                exc_info=logger.isEnabledFor(logging.DEBUG),
+            )

@@ -1,0 +1,64 @@
+"""What the user asked for, as plain objects: the callback's only argument."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from smda_callbacks.observe.behaviour import Scorer, prefix_probability
+from smda_callbacks.observe.distil import DistilOptions
+from smda_callbacks.observe.features import Readout
+from smda_callbacks.observe.instrument import Target
+from smda_callbacks.observe.prefixes import COMPLIANCES
+from smda_callbacks.observe.probes import ProbeSet
+from smda_callbacks.observe.sae import SAEHandle
+from smda_callbacks.records import PolicyRecord
+from smda_callbacks.sinks.base import Sink
+from smda_callbacks.training.alerts import AlertLimits
+
+#: Makes the sinks of a run, given the trainer's arguments (transformers.TrainingArguments).
+SinkMaker = Callable[[Any], Sequence[Sink]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A measurement plan.
+
+    Args:
+        probes: what is asked; load_sae: called once, before training; scorers: the behaviours, refusal first.
+        contrast: openings that must be told apart from the scored ones.
+        policy: a saved policy to start from; None distils one at the start of training.
+        every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
+        noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
+        on_error: what a measurement that fails does to training: ``warn`` (record, say once, go on) or ``raise``.
+        config: the resolved configuration, recorded in the manifest.
+    """
+
+    probes: ProbeSet
+    load_sae: Callable[[], SAEHandle]
+    scorers: Sequence[Scorer] = (prefix_probability(),)
+    contrast: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"compliance": COMPLIANCES})
+    target: Target = "probability"
+    readout: Readout = "last"
+    batch_size: int = 64
+    system: str | None = None
+    template: Mapping[str, Any] | None = None
+    allow_model_mismatch: bool = False
+    distil: DistilOptions = DistilOptions()
+    policy: PolicyRecord | None = None
+    every: int = 1
+    health_every: int = 1
+    noise_draws: int = 8
+    limits: AlertLimits = AlertLimits()
+    on_error: Literal["warn", "raise"] = "warn"
+    make_sinks: SinkMaker = lambda _: ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "health_every", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.noise_draws < 0:
+            raise ValueError(f"noise_draws must be at least 0, got {self.noise_draws}.")
