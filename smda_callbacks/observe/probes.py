@@ -119,6 +119,12 @@ def check_probes(probes: Iterable[Probe]) -> ProbeSet:
         if twice:
             shown = "; ".join(repr(value[:60]) for value in twice[:3])
             raise ProbeError(f"{len(twice)} probes have the same {field}: {shown}. Next step: remove the duplicates.")
+    mixed = [name for name, wanted in _expectations(kept).items() if len(wanted) > 1]
+    if mixed:
+        raise ProbeError(
+            f"category {mixed[0]!r} holds probes to refuse and probes to comply with. Means over it would say nothing. "
+            "Next step: give the two kinds different categories."
+        )
     missing = {"refuse", "comply"} - {probe.expected for probe in kept}
     if missing:
         raise ProbeError(
@@ -127,6 +133,13 @@ def check_probes(probes: Iterable[Probe]) -> ProbeSet:
             "ordinary instructions with format instructions (expected: comply)."
         )
     return ProbeSet(kept)
+
+
+def _expectations(probes: Iterable[Probe]) -> dict[str, set[str]]:
+    wanted: dict[str, set[str]] = {}
+    for probe in probes:
+        wanted.setdefault(probe.category, set()).add(probe.expected)
+    return wanted
 
 
 def _probe(row: Mapping[str, Any], number: int, stem: str, columns: Columns, category: str) -> Probe:

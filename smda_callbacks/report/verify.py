@@ -7,8 +7,7 @@ another machine; a number that was changed afterwards does not.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,8 +19,7 @@ from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.ridge import fit_ridge
 from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, ROWS, Array, Snapshot, WindowRecord, policy_hash, probe_hash
 from smda_callbacks.report.check import TOLERANCE, Check, Errors, counted, format_checks
-from smda_callbacks.sinks.codec import dumps
-from smda_callbacks.sinks.files import STEP_KEYS, row_step
+from smda_callbacks.report.logged import logged_faults
 from smda_callbacks.sinks.store_reader import RunStore
 
 __all__ = ["Check", "format_checks", "verify"]
@@ -45,7 +43,7 @@ def verify(store: RunStore) -> list[Check]:
     * ``policy``: the coefficients at the start as refitted on the baseline snapshot.
     * ``hashes``: of probes and policy, as in the manifest.
     * ``contiguity``: every optimizer step in one window; skipped ones are named.
-    * ``logged``: rows sent to a tracker as recomputed from the windows.
+    * ``logged``: metrics, tables and summary sent to a tracker, as made again from the windows.
 
     Raises StoreError where a file of the store is damaged.
     """
@@ -166,32 +164,8 @@ def _tail_faults(store: RunStore, records: list[WindowRecord]) -> list[str]:
 
 
 def _check_logged(store: RunStore, records: list[WindowRecord]) -> Check:
-    rows: dict[int, dict[str, Any]] = {}
-    for row in store.logged():
-        rows.setdefault(row_step(row), {}).update((key, value) for key, value in row.items() if key not in STEP_KEYS)
-    if not rows:
-        return counted("logged", [], "nothing was sent to a tracker")
-    from smda_callbacks.sinks.metrics import rows_of_window
-
-    windows = {record.step: record for record in records}
-    faults = [f"step {step} was logged but has no window" for step in sorted(rows.keys() - windows.keys())]
-    for step in sorted(rows.keys() & windows.keys()):
-        faults += _row_faults(step, rows[step], json.loads(dumps(rows_of_window(windows[step], store.start))))
-    return counted("logged", faults, f"rows of {len(rows)} steps are those of the windows")
-
-
-def _row_faults(step: int, logged: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Names whose value differs, or that are on one side only."""
-    return [
-        f"{name} at step {step} was logged as {logged.get(name)!r} but is {expected.get(name)!r}"
-        for name in sorted(logged.keys() | expected.keys())
-        if name not in logged or name not in expected or not _same(logged[name], expected[name])
-    ]
-
-
-def _same(logged: Any, expected: Any) -> bool:
-    # Numbers that are not finite are words in JSON: float() reads them back.
-    return bool(np.isclose(float(logged), float(expected), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
+    count, faults = logged_faults(store, records)
+    return counted("logged", faults, f"{count} entries made again" if count else "nothing was sent to a tracker")
 
 
 def _steps(records: list[WindowRecord]) -> Iterator[_Step]:

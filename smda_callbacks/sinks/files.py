@@ -11,7 +11,7 @@
                                fields as JSON in the metadata. The lowest step is the baseline
 ``steps/superseded-N-*``       records that the N-th resume set aside; readers pass them over
 ``alerts.jsonl``               alerts outside a window
-``logged.jsonl``               rows sent to a tracker
+``logged.jsonl``               what was sent to a tracker
 ``end.json``                   how the run ended; absent while it runs and after a kill
 ``tables/*.parquet``           derived from the above, written at close
 =============================  ==================================================================
@@ -48,10 +48,6 @@ HEAD = frozenset({PROBES, f"{POLICY}.json", f"{POLICY}.safetensors", NOISE, GAPS
 
 _PART = ".part"
 _STEP = re.compile(r"(\d{9,})\.safetensors")
-
-
-#: Where a row of a JSONL file says which optimizer step it belongs to; trackers have their own name for it.
-STEP_KEYS = ("step", "train/global_step")
 
 
 class StoreError(ValueError):
@@ -137,17 +133,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except ValueError as error:
         raise damaged(path, error) from error
-
-
-def row_step(row: Mapping[str, Any]) -> int:
-    """The optimizer step of a row of ``alerts.jsonl`` or ``logged.jsonl``. Raises StoreError if it names none."""
-    for key in STEP_KEYS:
-        if key in row:
-            return int(row[key])
-    raise StoreError(
-        f"a row with {', '.join(list(row)[:5]) or 'no columns'} does not say its step; allowed are "
-        f"{' or '.join(STEP_KEYS)}. Write the step with every row."
-    )
 
 
 def step_file(root: Path, step: int) -> Path:

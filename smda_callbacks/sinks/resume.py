@@ -55,10 +55,10 @@ def set_aside(path: Path, step: int) -> None:
 
 def _set_rows_aside(path: Path, step: int, prefix: str) -> None:
     rows = files.read_rows(path)
-    later = [row for row in rows if files.row_step(row) > step]
+    later = [row for row in rows if row["step"] > step]
     if later:
         files.write_atomic(path.with_name(prefix + path.name), _lines(later))
-        files.write_atomic(path, _lines([row for row in rows if files.row_step(row) <= step]))
+        files.write_atomic(path, _lines([row for row in rows if row["step"] <= step]))
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:

@@ -44,17 +44,16 @@ class RunStore:
         """
         root = Path(path)
         manifest = files.read_manifest(root)
-        noise = root / files.NOISE
-        steps = files.list_steps(root)
-        if not steps:
-            raise files.missing(files.step_file(root, 0))
+        noise, probes = root / files.NOISE, root / files.PROBES
+        if not probes.exists():
+            raise files.missing(probes)
         return cls(
             path=root,
             manifest=manifest,
-            probes=tuple(decode(Probe, row) for row in files.read_rows(root / files.PROBES)),
+            probes=tuple(decode(Probe, row) for row in files.read_rows(probes)),
             policy=_read_policy(root),
             noise=files.read_record(noise, NoiseFloor) if noise.exists() else None,
-            baseline=files.read_record(files.step_file(root, steps[0]), WindowRecord),
+            baseline=_read_baseline(root),
             gaps_start=tuple(files.read_json(root / files.GAPS)),
         )
 
@@ -104,7 +103,7 @@ class RunStore:
         return sorted(inside + outside, key=lambda alert: alert.step)
 
     def logged(self) -> list[dict[str, Any]]:
-        """Rows of ``logged.jsonl``: what was sent to a tracker. Numbers that are not finite are strings."""
+        """Entries of ``logged.jsonl``, what was sent to a tracker: ``{"step", "row"}`` or ``{"step", "summary"}``."""
         return files.read_rows(self.path / files.LOGGED)
 
     @property
@@ -128,6 +127,19 @@ class RunStore:
         if record.step != step:
             raise files.damaged(path, ValueError(f"it holds the record of step {record.step}"))
         return record
+
+
+def _read_baseline(root: Path) -> WindowRecord:
+    steps = files.list_steps(root)
+    if not steps:
+        raise files.missing(files.step_file(root, 0))
+    baseline: WindowRecord = files.read_record(files.step_file(root, steps[0]), WindowRecord)
+    if baseline.shift or baseline.status != "ok":
+        raise StoreError(
+            f"the first record, of step {baseline.step}, is a window: the baseline is missing from the run store "
+            f"{root}. Restore the folder from a copy."
+        )
+    return baseline
 
 
 def _read_policy(root: Path) -> PolicyRecord:

@@ -46,6 +46,7 @@ def build_manifest(
         "model": {"id": policy.model_id, "hash": weights_hash(model), "class": type(unwrap(model)).__name__},
         "adapter": _adapter(model),
         "policy_hash": policy_hash(policy),
+        "policy_from": "distilled" if plan.policy is None else "saved",
         "behaviours": list(policy.behaviours),
         "target": policy.target,
         "trainer": _trainer(args),
@@ -85,7 +86,7 @@ def _trainer(args: Any) -> dict[str, Any]:
         "max_grad_norm",
         "bf16",
         "fp16",
-        "gradient_checkpointing",
+        "activation_checkpointing",
     )
     return {"class": type(args).__name__, **{name: _plain(getattr(args, name, None)) for name in names}}
 

@@ -11,11 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, PolicyRecord, RunEnd, WindowRecord
+from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, Alert, PolicyRecord, RunEnd, WindowRecord
+from smda_callbacks.report.logged import ALERT
 from smda_callbacks.report.verify import Check, format_checks, verify
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.codec import encode
+from smda_callbacks.sinks.metrics import STEP
+from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
+from smda_callbacks.sinks.wandb_sink import WandbSink
+from smda_callbacks.sinks.wandb_tables import MEDIA
 from tests.helpers.runs import Run, make_run, write_run
 
 NAMES = ["shifts", "telescoping", "accounts", "policy", "hashes", "contiguity", "logged"]
@@ -81,7 +86,7 @@ def change_policy(path: Path, **fields: Any) -> None:
 def nudged(array: np.ndarray | None) -> np.ndarray:
     assert array is not None
     other = array.copy()
-    other.flat[3] += NUDGE
+    other.flat[other.size // 2] += NUDGE
     return other
 
 
@@ -112,7 +117,7 @@ def test_changed_coefficients_are_found(path: Path) -> None:
 
 
 def test_a_changed_intercept_is_found(path: Path) -> None:
-    change(path, 4, lambda window: replace(window, intercept=window.intercept + NUDGE))
+    change(path, 4, lambda window: replace(window, intercept=nudged(window.intercept)))
     assert failed(path) == {"shifts"}
 
 
@@ -176,7 +181,7 @@ def test_a_policy_that_was_brought_along_need_not_be_the_refit(run: Run, tmp_pat
     for source, expected in (("distilled", {"policy"}), ("saved", set())):
         start = replace(run.start, policy=policy, manifest={**manifest, "policy_from": source})
         assert failed(write_run(tmp_path / source, replace(run, start=start))) == expected
-    change(tmp_path / "saved", 0, lambda window: replace(window, intercept=window.intercept + NUDGE))
+    change(tmp_path / "saved", 0, lambda window: replace(window, intercept=nudged(window.intercept)))
     assert failed(tmp_path / "saved") == {"policy"}
 
 
@@ -200,11 +205,6 @@ def test_a_missing_window_is_found(path: Path) -> None:
     files.step_file(path, 4).unlink()
     assert failed(path) == {"shifts", "telescoping", "accounts", "contiguity"}
     assert of(path, "contiguity").detail == "steps 3 to 4 are missing, before the window that ends at 6"
-
-
-def test_a_missing_baseline_is_found(path: Path) -> None:
-    files.step_file(path, 0).unlink()
-    assert "policy" in failed(path)
 
 
 def test_a_missing_end_is_found(path: Path, run: Run, tmp_path: Path) -> None:
@@ -231,7 +231,8 @@ def test_windows_that_were_not_booked_are_spanned_by_the_next(tmp_path: Path) ->
     run = make_run(windows=4, not_finite=[1], failed=[2], skipped=[3, 8])
     path = write_run(tmp_path / "run", run)
     assert of(path, "contiguity").detail == (
-        "steps 1 to 8 covered; skipped by the optimizer: 3, 8; not booked, spanned by the next: 4 (not_finite), 6 (failed)"
+        "steps 1 to 8 covered; skipped by the optimizer: 3, 8; "
+        "not booked, spanned by the next: 4 (not_finite), 6 (failed)"
     )
     change(path, 8, lambda window: replace(window, first_step=3))  # counted from the last good record: also right
     assert failed(path) == set()
@@ -250,35 +251,68 @@ def test_an_ok_window_without_arrays_is_found(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- tracking
 
 
-def log_rows(path: Path) -> None:
-    metrics = pytest.importorskip("smda_callbacks.sinks.metrics")
-    store = RunStore.open(path)
-    for record in (store.baseline, *store.windows()):
-        row = metrics.rows_of_window(record, store.start)
-        files.append_row(path / files.LOGGED, {"train/global_step": record.step, **row})
+@pytest.fixture
+def logged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store with all that a W&B sink logged beside it; nothing is really sent."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    path = tmp_path / "logged"
+    sinks: list[Any] = [StoreSink(path), WandbSink(tables_every=2, logged_path=path / files.LOGGED)]
+    for sink in sinks:
+        sink.open(run.start)
+        for window in run.windows:
+            sink.write(window)
+        for alert in (Alert(3, "loss_not_finite", "between two windows"), *run.alerts):
+            sink.alert(alert)
+        sink.close(run.end)
+    return path
 
 
-def test_logged_rows_are_recomputed(path: Path) -> None:
-    log_rows(path)
-    assert failed(path) == set()
-    assert of(path, "logged").detail == "rows of 5 steps are those of the windows"
-
-
-@pytest.mark.parametrize("fault", ["value", "name", "step"])
-def test_a_changed_logged_row_is_found(path: Path, fault: str) -> None:
-    log_rows(path)
-    *rows, last = files.read_rows(path / files.LOGGED)
-    name = next(key for key in last if key != "train/global_step" and isinstance(last[key], float))
-    if fault == "value":
-        last[name] += NUDGE
-    elif fault == "name":
-        last["another"] = last.pop(name)
-    else:
-        last["train/global_step"] = 99
+def edit_logged(path: Path, pick: Callable[[dict[str, Any]], bool], edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Edit the last entry that ``pick`` takes."""
+    entries = files.read_rows(path / files.LOGGED)
+    edit(next(entry for entry in reversed(entries) if pick(entry)))
     (path / files.LOGGED).unlink()
-    for row in (*rows, last):
-        files.append_row(path / files.LOGGED, row)
-    assert failed(path) == {"logged"}
+    for entry in entries:
+        files.append_row(path / files.LOGGED, entry)
+
+
+def test_what_was_logged_is_made_again(logged: Path) -> None:
+    entries = files.read_rows(logged / files.LOGGED)
+    sent = {name for entry in entries for name in entry.get("row", {})}
+    assert set(MEDIA) < sent  # every kind of table is among them
+    assert any("summary" in entry for entry in entries)
+    assert failed(logged) == set()
+    assert of(logged, "logged").detail == f"{len(entries)} entries made again"
+
+
+METRIC = "smda/pathways/first_order_error"
+TABLE = "smda/tables/features"
+
+
+@pytest.mark.parametrize(
+    ("pick", "edit", "fault"),
+    [
+        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].update({METRIC: 0.5}), f"{METRIC} at step 8"),
+        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].pop(METRIC), "was logged as None but is"),
+        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].update({"more": 1.0}), "more at step 8"),
+        (
+            lambda e: METRIC in e.get("row", {}),
+            lambda e: e.update({"step": 99}),
+            "step 99 was logged but has no window",
+        ),
+        (lambda e: "summary" in e, lambda e: e["summary"].update({"smda/summary/total": 0.5}), "the summary of step 8"),
+        (lambda e: TABLE in e.get("row", {}), lambda e: e["row"][TABLE]["data"][0].__setitem__(3, 0.5), "differs"),
+        (lambda e: TABLE in e.get("row", {}), lambda e: e["row"][TABLE]["data"].pop(), f"{TABLE} of step 8 differs"),
+        (lambda e: TABLE in e.get("row", {}), lambda e: e.update({"step": 99}), "cannot be made from the store"),
+        (lambda e: set(e.get("row", {})) == {ALERT, STEP}, lambda e: e.update({"step": 6}), "the store has 0"),
+    ],
+)
+def test_a_changed_log_is_found(
+    logged: Path, pick: Callable[[dict[str, Any]], bool], edit: Callable[[dict[str, Any]], Any], fault: str
+) -> None:
+    edit_logged(logged, pick, edit)
+    assert failed(logged) == {"logged"}
+    assert fault in of(logged, "logged").detail
 
 
 # ----------------------------------------------------------------------------------------------------------- text

@@ -15,12 +15,15 @@ import smda_callbacks.sinks
 from smda_callbacks.sinks.base import Sink
 from tests.helpers.runs import make_run
 
+pytestmark = pytest.mark.usefixtures("no_tracker")
+
 METHODS = ("open", "write", "alert", "close")
 
 #: How to make a fresh sink in an empty folder; a new sink needs an entry here.
 FACTORIES: dict[str, Callable[[type[Any], Path], Any]] = {
     "MemorySink": lambda kind, folder: kind(),
     "StoreSink": lambda kind, folder: kind(folder / "run"),
+    "WandbSink": lambda kind, folder: kind(mode="disabled"),
 }
 
 
@@ -32,6 +35,12 @@ def find_sinks() -> dict[str, type[Any]]:
             if kind.__module__ == module.name and kind is not Sink and all(hasattr(kind, each) for each in METHODS):
                 found[name] = kind
     return found
+
+
+@pytest.fixture
+def no_tracker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing leaves this machine, whatever the environment says."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
 
 
 SINKS = find_sinks()

@@ -1,0 +1,298 @@
+"""The arrays behind the report's figures and tables, computed from a run store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from smda_callbacks.maths.account import mean_by_group
+from smda_callbacks.maths.gaps import gap_table
+from smda_callbacks.maths.uncertainty import above_floor, step_floor, total_floor
+from smda_callbacks.records import (
+    FEATURE_ROWS,
+    PATHWAYS,
+    ROWS,
+    Alert,
+    Array,
+    FeatureLabel,
+    NoiseFloor,
+    PolicyRecord,
+    Probe,
+    RunEnd,
+    WindowRecord,
+)
+from smda_callbacks.report.markup import token
+from smda_callbacks.sinks.store_reader import RunStore
+
+#: A shift counts as above its noise floor when it is more than so many times as large.
+TIMES = 2.0
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A run as it was at one moment: the store is read once, so that all numbers of a report belong together."""
+
+    store: RunStore
+    windows: tuple[WindowRecord, ...]
+    alerts: tuple[Alert, ...]
+    end: RunEnd | None
+
+    @classmethod
+    def read(cls, store: RunStore) -> RunData:
+        """Read all windows of ``store``. Raises StoreError where a file of it is damaged."""
+        end = store.end  # first: what is written after it was read is left for the next report
+        windows = tuple(store.windows())
+        last = windows[-1].step if windows else store.baseline.step
+        alerts = tuple(alert for alert in store.alerts() if alert.step <= last or end is not None)
+        return cls(store, windows, alerts, end)
+
+    @property
+    def policy(self) -> PolicyRecord:
+        return self.store.policy
+
+    @property
+    def probes(self) -> tuple[Probe, ...]:
+        return self.store.probes
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        return self.store.categories
+
+    @property
+    def behaviours(self) -> tuple[str, ...]:
+        return self.policy.behaviours
+
+    @property
+    def unit(self) -> str:
+        """Unit of the behaviours: ``probability`` or ``logit``."""
+        return self.policy.target
+
+    @cached_property
+    def noise(self) -> NoiseFloor | None:
+        """The noise floor, if it was measured with updates that moved anything."""
+        noise = self.store.noise
+        return noise if noise is not None and noise.update_rms > 0 else None
+
+    @cached_property
+    def ok(self) -> tuple[WindowRecord, ...]:
+        """The windows that were booked."""
+        return tuple(window for window in self.windows if window.status == "ok")
+
+    @cached_property
+    def records(self) -> tuple[WindowRecord, ...]:
+        """The baseline and the booked windows: the axis ``record`` of the arrays below."""
+        return (self.store.baseline, *self.ok)
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Step of every record."""
+        return [record.step for record in self.records]
+
+    @cached_property
+    def expected(self) -> dict[str, str]:
+        """Category -> ``refuse`` or ``comply``."""
+        return {probe.category: probe.expected for probe in self.probes}
+
+    @cached_property
+    def labels(self) -> dict[int, FeatureLabel]:
+        """SAE index -> what is known of the feature."""
+        return {label.feature: label for label in self.policy.labels}
+
+    @cached_property
+    def means(self) -> Array:
+        """Mean behaviour, ``[record, category, behaviour]``, in the policy's units."""
+        return np.array([mean_by_group(_y(record), self.store.groups) for record in self.records])
+
+    @cached_property
+    def group_means(self) -> dict[str, Array]:
+        """``refuse``, ``comply`` (those that occur) -> mean behaviour over its probes, ``[record, behaviour]``."""
+        members = {
+            group: np.array([probe.expected == group for probe in self.probes]) for group in ("refuse", "comply")
+        }
+        return {
+            group: np.array([_y(record)[rows].mean(axis=0) for record in self.records])
+            for group, rows in members.items()
+            if rows.any()
+        }
+
+    @cached_property
+    def account(self) -> RunAccount:
+        """The account of the whole run."""
+        return run_account(self)
+
+
+@dataclass(frozen=True)
+class RunAccount:
+    """The account of a run: the sums of its windows' accounts, in behaviour units.
+
+    ``rows``: row of ROWS -> ``[category, behaviour]``; they sum to the change of the means since the start.
+    ``features``: row of FEATURE_ROWS -> ``[category, feature, behaviour]``; they sum to their rows.
+    """
+
+    rows: Mapping[str, Array]
+    features: Mapping[str, Array]
+
+    @property
+    def by_feature(self) -> Array:
+        """All rows of a feature together, ``[category, feature, behaviour]``."""
+        total: Array = np.sum([self.features[row] for row in FEATURE_ROWS], axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class FeatureShift:
+    """What a run did to one feature's coefficient: ``shifts`` over PATHWAYS sum to ``end - start``.
+
+    ``above``: part -> whether the shift is above its noise floor; empty where the floor was not measured.
+    """
+
+    place: int
+    feature: int
+    start: float
+    end: float
+    shifts: Mapping[str, float]
+    above: Mapping[str, bool]
+
+    @property
+    def total(self) -> float:
+        return self.end - self.start
+
+    @property
+    def any_above(self) -> bool:
+        """Above the floor in some part, or not known to be below it."""
+        return not self.above or any(self.above.values())
+
+
+def run_account(data: RunData) -> RunAccount:
+    """Sum the accounts of all booked windows; zeros before the first."""
+    categories, (features, behaviours) = len(data.categories), data.policy.coef.shape
+    rows = {row: np.zeros((categories, behaviours)) for row in ROWS}
+    by_feature = {row: np.zeros((categories, features, behaviours)) for row in FEATURE_ROWS}
+    for window in data.ok:
+        for row in ROWS:
+            rows[row] = rows[row] + window.account[row]
+        for row in FEATURE_ROWS:
+            by_feature[row] = by_feature[row] + window.feature_account[row]
+    return RunAccount(rows, by_feature)
+
+
+def cumulative_shifts(data: RunData) -> dict[str, Array]:
+    """Part of PATHWAYS -> shift since the start, ``[record, feature, behaviour]``; zero at the baseline."""
+    zero = np.zeros_like(data.policy.coef)
+    return {part: np.cumsum([zero, *(window.shift[part] for window in data.ok)], axis=0) for part in PATHWAYS}
+
+
+def shift_floors(data: RunData) -> dict[str, Array] | None:
+    """Part -> noise floor of :func:`cumulative_shifts`, same shape: the windows' floors as independent noise.
+
+    None where the noise was not measured.
+    """
+    noise = data.noise
+    if noise is None:
+        return None
+    return {part: _accumulated(data, noise, noise.random[part], noise.rounding[part]) for part in PATHWAYS}
+
+
+def behaviour_floors(data: RunData) -> Array | None:
+    """Noise floor of the change of :attr:`RunData.means` since the start, ``[record, category, behaviour]``."""
+    noise = data.noise
+    return None if noise is None else _accumulated(data, noise, noise.behaviour_random, noise.behaviour_rounding)
+
+
+def norms(values: Array, behaviour: int) -> Array:
+    """L2 norm over features of ``[record, feature, behaviour]``: ``[record]``."""
+    result: Array = np.linalg.norm(values[:, :, behaviour], axis=1)
+    return result
+
+
+def feature_shifts(data: RunData, behaviour: int) -> list[FeatureShift]:
+    """All features, those above the noise floor first, by the size of the coefficient's change."""
+    shifts, floors = cumulative_shifts(data), shift_floors(data)
+    start, end = _coef(data.records[0]), _coef(data.records[-1])
+    above = {
+        part: above_floor(shifts[part][-1], floor[-1], TIMES) & (len(data.ok) > 0)
+        for part, floor in (floors or {}).items()
+    }
+    found = [
+        FeatureShift(
+            j,
+            int(feature),
+            float(start[j, behaviour]),
+            float(end[j, behaviour]),
+            {part: float(values[-1, j, behaviour]) for part, values in shifts.items()},
+            {part: bool(values[j, behaviour]) for part, values in above.items()},
+        )
+        for j, feature in enumerate(data.policy.features)
+    ]
+    return sorted(found, key=lambda each: (not each.any_above, -abs(each.total)))
+
+
+def feature_name(data: RunData, feature: int) -> str:
+    """A short name of a feature for axes and tables: its SAE index, then its label or the tokens that it promotes."""
+    known = data.labels.get(feature)
+    if known is None:
+        return str(feature)
+    text = known.label or " ".join(token(each) for each in known.promoted[:2])
+    return f"{feature} {_shortened(' '.join(text.split()), 26)}".strip()
+
+
+def gaps_now(data: RunData) -> list[Mapping[str, Any]]:
+    """The gap table at the last booked record, as rows; refusal is the first behaviour."""
+    if data.end is not None:
+        return list(data.end.gaps)
+    record = data.records[-1]
+    assert record.snapshot is not None
+    rows = gap_table(
+        record.snapshot.y,
+        record.snapshot.x,
+        scale=data.policy.scale,
+        coef=_coef(record),
+        intercept=np.asarray(record.intercept),
+        groups=data.store.groups,
+        categories=data.categories,
+        expected=[data.expected[name] for name in data.categories],
+        features=data.policy.features,
+        target=data.policy.target,
+    )
+    return [asdict(row) for row in rows]
+
+
+def missed(data: RunData) -> tuple[list[int], list[int]]:
+    """Steps of the windows whose change the SAE was checked on, and of those where it missed more than all of it.
+
+    At fixed gates: what the magnitude pathway rests on.
+    """
+    checked = [
+        (window.step, window.health.delta_fvu_magnitude)
+        for window in data.ok
+        if window.health is not None and window.health.delta_fvu_magnitude is not None
+    ]
+    return [step for step, _ in checked], [step for step, value in checked if value > 1]
+
+
+def _accumulated(data: RunData, noise: NoiseFloor, random: Array, rounding: Array) -> Array:
+    floors = [np.zeros_like(random)]
+    for window in data.ok:
+        step = step_floor(random, rounding, window.update_rms / noise.update_rms)
+        floors.append(total_floor([floors[-1], step]))
+    return np.array(floors)
+
+
+def _y(record: WindowRecord) -> Array:
+    if record.snapshot is None:
+        raise ValueError(f"the record of step {record.step} is ok but has no snapshot; ok records carry one.")
+    return record.snapshot.y
+
+
+def _coef(record: WindowRecord) -> Array:
+    if record.coef is None:
+        raise ValueError(f"the record of step {record.step} is ok but has no coefficients; ok records carry them.")
+    return record.coef
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"

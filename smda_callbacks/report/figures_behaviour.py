@@ -1,0 +1,217 @@
+"""Figures of the behaviour itself: every category over the run, what changed, and through what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from smda_callbacks.report import figures as f
+from smda_callbacks.report.data import TIMES, RunData, behaviour_floors
+from smda_callbacks.report.markup import fixed, signed
+from smda_callbacks.report.waterfall import Bar
+
+
+def category_lines(data: RunData, behaviour: int) -> go.Figure:
+    """Mean behaviour of every category over steps; the most changed are coloured, the means over groups bold."""
+    means = data.means[:, :, behaviour]
+    order = np.argsort(-np.abs(means[-1] - means[0]), kind="stable").tolist()
+    traces = [
+        *(_category_line(data, means, c, rank) for rank, c in reversed(list(enumerate(order)))),
+        *(_group_line(data, group, values[:, behaviour]) for group, values in data.group_means.items()),
+    ]
+    return f.figure(
+        traces,
+        height=max(420, 90 + 19 * len(traces)),
+        xaxis=f.step_axis(),
+        yaxis={"title": {"text": axis_title(data, behaviour)}, **_range(data)},
+        shapes=f.unbooked_marks(data.windows),
+        legend={"traceorder": "normal", "itemwidth": 30, "tracegroupgap": 0, "font": {"size": 12}},
+    )
+
+
+def _category_line(data: RunData, means: np.ndarray, category: int, rank: int) -> go.Scatter:
+    name, highlighted = data.categories[category], rank < len(f.HIGHLIGHTS)
+    colour, symbol = f.HIGHLIGHTS[rank] if highlighted else (f.MUTED, "circle")
+    points = means[:, category]
+    return go.Scatter(
+        x=data.steps,
+        y=f.values(points),
+        name=f.safe(name),
+        mode=f.marker_mode(len(points)) if highlighted or len(points) == 1 else "lines",
+        line={"color": colour, "width": 2 if highlighted else 1.2, "dash": _dash(data.expected[name])},
+        marker={"symbol": symbol, "size": 7},
+        opacity=1.0 if highlighted else 0.75,
+        legendrank=100 + rank,
+        hovertext=[
+            f"<b>{f.safe(name)}</b> (should {data.expected[name]})<br>step {step}: {fixed(value, 3)}"
+            f" ({signed(value - points[0], 3)} since the start)"
+            for step, value in zip(data.steps, points.tolist(), strict=True)
+        ],
+        hoverinfo="text",
+    )
+
+
+def _group_line(data: RunData, group: str, points: np.ndarray) -> go.Scatter:
+    return go.Scatter(
+        x=data.steps,
+        y=f.values(points),
+        name=f"<b>mean, should {group}</b>",
+        mode="lines+markers" if len(points) == 1 else "lines",
+        line={"color": f.INK, "width": 4, "dash": _dash(group)},
+        marker={"size": 9},
+        legendrank=1 if group == "refuse" else 2,
+        hovertext=[
+            f"<b>mean of the probes to {group}</b><br>step {step}: {fixed(value, 3)}"
+            for step, value in zip(data.steps, points.tolist(), strict=True)
+        ],
+        hoverinfo="text",
+    )
+
+
+def change_arrows(data: RunData, behaviour: int) -> go.Figure:
+    """Start and end of every category, the largest fall on top, with the noise floor around the start."""
+    means = data.means[:, :, behaviour]
+    order = np.argsort(means[-1] - means[0], kind="stable").tolist()
+    names = [f.safe(category_title(data, c)) for c in order]
+    start, end = means[0, order], means[-1, order]
+    floors = behaviour_floors(data)
+    limit = None if floors is None else TIMES * floors[-1][order, behaviour]
+    hover = _change_hover(names, start, end, limit)
+    traces: list[Any] = [] if limit is None else [_floor_bars(names, start, limit)]
+    traces += [_arrow(names, start, end, rising) for rising in (False, True)]
+    traces.append(_points("start", names, start, hover, {"symbol": "circle-open", "size": 10, "color": f.INK}))
+    colours = [f.RISE if rising else f.FALL for rising in end >= start]
+    traces.append(_points("end", names, end, hover, {"symbol": "circle", "size": 11, "color": colours}))
+    return f.figure(
+        traces,
+        height=110 + 24 * len(names),
+        xaxis={"title": {"text": axis_title(data, behaviour)}, **_range(data)},
+        yaxis=f.names_axis(names),
+        barmode="overlay",
+        bargap=0.35,
+        legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0, "traceorder": "normal"},
+    )
+
+
+def _floor_bars(names: list[str], start: np.ndarray, limit: np.ndarray) -> go.Bar:
+    return go.Bar(
+        y=names,
+        base=f.values(start - limit),
+        x=f.values(2 * limit),
+        orientation="h",
+        name=f"within {TIMES:g} × noise floor of the start",
+        marker={"color": f.BAND, "line": {"width": 0}},
+        hoverinfo="skip",
+    )
+
+
+def _arrow(names: list[str], start: np.ndarray, end: np.ndarray, rising: bool) -> go.Scatter:
+    x: list[float | None] = []
+    y: list[str | None] = []
+    for name, low, high in zip(names, start.tolist(), end.tolist(), strict=True):
+        if (high >= low) == rising:
+            x += [low, high, None]
+            y += [name, name, None]
+    line = {"color": f.RISE if rising else f.FALL, "width": 3}
+    return go.Scatter(x=x, y=y, mode="lines", line=line, name="rise" if rising else "fall", hoverinfo="skip")
+
+
+def _points(
+    name: str, names: list[str], at: np.ndarray, hover: list[str], marker: dict[str, Any]
+) -> go.Scatter:
+    shown = {"showlegend": name == "start"}  # the end has the colour of its line
+    return go.Scatter(
+        x=f.values(at), y=names, mode="markers", name=name, marker=marker, hovertext=hover, hoverinfo="text", **shown
+    )
+
+
+def _change_hover(names: list[str], start: np.ndarray, end: np.ndarray, limit: np.ndarray | None) -> list[str]:
+    notes = [""] * len(names)
+    if limit is not None:
+        notes = [
+            f"<br>{'above' if abs(moved) > most else 'within'} {TIMES:g} × noise floor ({fixed(most, 3)})"
+            for moved, most in zip((end - start).tolist(), limit.tolist(), strict=True)
+        ]
+    return [
+        f"<b>{name}</b><br>{fixed(low, 3)} → {fixed(high, 3)} ({signed(high - low, 3)}){note}"
+        for name, low, high, note in zip(names, start.tolist(), end.tolist(), notes, strict=True)
+    ]
+
+
+def waterfall(bars: Sequence[Bar], unit: str) -> go.Figure:
+    """Bars from start to end, each beginning where the one before it stopped."""
+    names = [f.safe(bar.label) for bar in bars]
+    tops = _running(bars)
+    bases = [0.0 if bar.kind in ("start", "end") else top - bar.value for bar, top in zip(bars, tops, strict=True)]
+    texts = [fixed(bar.value, 3) if bar.kind in ("start", "end") else signed(bar.value, 3) for bar in bars]
+    edges = [*tops, *bases]
+    room = 0.12 * ((max(edges) - min(edges)) or 1.0)
+    trace = go.Bar(
+        y=names,
+        x=[bar.value for bar in bars],
+        base=bases,
+        orientation="h",
+        marker={
+            "color": [_bar_colour(bar) for bar in bars],
+            "pattern": {"shape": ["/" if bar.kind == "residual" else "" for bar in bars], "fgcolor": f.PAPER},
+            "line": {"width": 0},
+        },
+        text=texts,
+        textposition="outside",
+        cliponaxis=False,
+        hovertext=[f"<b>{name}</b><br>{text}" for name, text in zip(names, texts, strict=True)],
+        hoverinfo="text",
+    )
+    return f.figure(
+        [trace],
+        height=90 + 27 * len(bars),
+        xaxis={"title": {"text": unit}, "range": [min(edges) - room, max(edges) + room], "zeroline": True},
+        yaxis=f.names_axis(names),
+        shapes=_connectors(tops),
+        showlegend=False,
+    )
+
+
+def _running(bars: Sequence[Bar]) -> list[float]:
+    """Where every bar stops."""
+    tops, at = [], 0.0
+    for bar in bars:
+        at = bar.value if bar.kind in ("start", "end") else at + bar.value
+        tops.append(at)
+    return tops
+
+
+def _connectors(tops: list[float]) -> list[dict[str, Any]]:
+    line = {"color": f.MUTED, "width": 1}
+    return [
+        {"type": "line", "x0": top, "x1": top, "y0": place - 0.35, "y1": place + 1.35, "line": line, "layer": "below"}
+        for place, top in enumerate(tops[:-1])
+    ]
+
+
+def _bar_colour(bar: Bar) -> str:
+    if bar.kind in ("start", "end"):
+        return f.MUTED
+    return f.RISE if bar.value >= 0 else f.FALL
+
+
+def category_title(data: RunData, category: int) -> str:
+    """A category's name; those to comply with are marked."""
+    name = data.categories[category]
+    return name if data.expected[name] == "refuse" else f"{name} (comply)"
+
+
+def axis_title(data: RunData, behaviour: int) -> str:
+    """Name and unit of a behaviour's axis."""
+    return f.safe(f"mean {data.behaviours[behaviour]} ({data.unit})")
+
+
+def _range(data: RunData) -> dict[str, Any]:
+    return {"range": [-0.02, 1.02]} if data.unit == "probability" else {}
+
+
+def _dash(expected: str) -> str:
+    return "solid" if expected == "refuse" else "dash"

@@ -1,0 +1,206 @@
+"""How each metric is computed from the records; the names are in :mod:`smda_callbacks.sinks.metrics`.
+
+Every function takes a :class:`Reading` and returns an array over the axes of the metric's name, in their order, or None
+where there is nothing to report. An entry that is NaN is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smda_callbacks.maths.account import mean_by_group
+from smda_callbacks.maths.uncertainty import above_floor, step_floor
+from smda_callbacks.records import PATHWAYS, ROWS, Array, NoiseFloor, Probe, RunStart, WindowRecord
+
+GROUPS = ("refuse", "comply")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a run has come to: its last ok record, and the sum of the shifts since the start.
+
+    ``total``: part of PATHWAYS -> ``[feature, behaviour]``, coefficient units.
+    """
+
+    last: WindowRecord
+    total: Mapping[str, Array]
+
+    @classmethod
+    def at(cls, start: RunStart) -> Progress:
+        """Before the first window: the baseline, and sums of zero."""
+        return cls(start.baseline, {part: np.zeros_like(start.policy.coef) for part in PATHWAYS})
+
+    def after(self, window: WindowRecord) -> Progress:
+        """After one more window; one that is not ok changes nothing, because the next one spans it."""
+        if window.status != "ok":
+            return self
+        return Progress(window, {part: total + window.shift.get(part, 0.0) for part, total in self.total.items()})
+
+
+def progress_of(start: RunStart, windows: Iterable[WindowRecord]) -> Progress:
+    """What a run has come to after ``windows``, in order."""
+    progress = Progress.at(start)
+    for window in windows:
+        progress = progress.after(window)
+    return progress
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a metric is computed from. ``total``: see :class:`Progress`, up to this window; None if not known."""
+
+    window: WindowRecord
+    start: RunStart
+    total: Mapping[str, Array] | None = None
+
+
+def categories(probes: Iterable[Probe]) -> list[str]:
+    """Category names in the order of first appearance."""
+    return list(dict.fromkeys(probe.category for probe in probes))
+
+
+def groups(probes: Iterable[Probe]) -> list[str]:
+    """The groups that occur: ``refuse``, ``comply``."""
+    found = {probe.expected for probe in probes}
+    return [group for group in GROUPS if group in found]
+
+
+def numbers(labels: Iterable[str], names: list[str]) -> NDArray[np.int64]:
+    """The place of every label in ``names``."""
+    return np.array([names.index(label) for label in labels], dtype=np.int64)
+
+
+def category_means(r: Reading) -> Array | None:
+    """``[behaviour, category]``"""
+    if r.window.snapshot is None:
+        return None
+    names = categories(r.start.probes)
+    return mean_by_group(r.window.snapshot.y, numbers((probe.category for probe in r.start.probes), names)).T
+
+
+def category_changes(r: Reading) -> Array | None:
+    """``[behaviour, category]``, since the baseline"""
+    now, before = category_means(r), category_means(Reading(r.start.baseline, r.start))
+    return None if now is None or before is None else now - before
+
+
+def group_means(r: Reading) -> Array | None:
+    """``[behaviour, group]``"""
+    if r.window.snapshot is None:
+        return None
+    names = groups(r.start.probes)
+    return mean_by_group(r.window.snapshot.y, numbers((probe.expected for probe in r.start.probes), names)).T
+
+
+def group_account(r: Reading) -> Array | None:
+    """``[behaviour, group, row]``: the account of the group's mean, categories weighted by their probes."""
+    if not r.window.account:
+        return None
+    rows = np.array([r.window.account[row] for row in ROWS])  # [row, category, behaviour]
+    result: Array = np.einsum("gc,rcb->bgr", group_weights(r.start), rows)
+    return result
+
+
+def group_weights(start: RunStart) -> Array:
+    """``[group, category]``: share of the group's probes that are in the category."""
+    rows, columns = groups(start.probes), categories(start.probes)
+    counts = np.zeros((len(rows), len(columns)))
+    for probe in start.probes:
+        counts[rows.index(probe.expected), columns.index(probe.category)] += 1
+    weights: Array = counts / counts.sum(axis=1, keepdims=True)
+    return weights
+
+
+def categories_are_pure(start: RunStart) -> bool:
+    """Whether no category has probes of both groups: else a group's account does not follow from the categories'."""
+    return bool(((group_weights(start) > 0).sum(axis=0) == 1).all())
+
+
+def worst_drop(r: Reading) -> Array | None:
+    """``[behaviour]``: largest fall of a category to refuse since the baseline; negative if all rose"""
+    return _worst(r, "refuse", -1.0)
+
+
+def worst_rise(r: Reading) -> Array | None:
+    """``[behaviour]``: largest rise of a category to comply with since the baseline; negative if all fell"""
+    return _worst(r, "comply", 1.0)
+
+
+def _worst(r: Reading, group: str, sign: float) -> Array | None:
+    changes, names = category_changes(r), groups(r.start.probes)
+    if changes is None or group not in names:
+        return None
+    members = group_weights(r.start)[names.index(group)] > 0
+    worst: Array = (sign * changes[:, members]).max(axis=1)
+    return worst
+
+
+def r2(r: Reading) -> Array | None:
+    """``[behaviour]``"""
+    return np.array(r.window.r2) if r.window.r2 else None
+
+
+def r2_loo(r: Reading) -> Array | None:
+    """``[behaviour]``"""
+    return np.array(r.window.r2_loo) if r.window.r2_loo else None
+
+
+def shift_norms(r: Reading) -> Array | None:
+    """``[part, behaviour]``"""
+    return _norms(r.window.shift)
+
+
+def total_norms(r: Reading) -> Array | None:
+    """``[part, behaviour]``, of the shifts summed since the baseline"""
+    return _norms(r.total)
+
+
+def _norms(shift: Mapping[str, Array] | None) -> Array | None:
+    if not shift:
+        return None
+    norms: Array = np.linalg.norm([shift[part] for part in PATHWAYS], axis=1)
+    return norms
+
+
+def shift_norm(r: Reading) -> Array | None:
+    """``[behaviour]``, of the sum of the parts"""
+    return np.linalg.norm(sum(r.window.shift[part] for part in PATHWAYS), axis=0) if r.window.shift else None
+
+
+def coef_norm(r: Reading) -> Array | None:
+    """``[behaviour]``, of the coefficients' change since the baseline"""
+    now, before = r.window.coef, r.start.baseline.coef
+    return None if now is None or before is None else np.linalg.norm(now - before, axis=0)
+
+
+def reliability(r: Reading) -> Array | None:
+    """``[part]``; NaN where it could not be computed"""
+    return np.array([r.window.reliability.get(part) for part in PATHWAYS], dtype=float)
+
+
+def features_above_floor(r: Reading) -> Array | None:
+    """``[part, behaviour]``: share of the features"""
+    noise, shift = r.start.noise, r.window.shift
+    if noise is None or not shift or noise.update_rms <= 0:
+        return None
+    return np.array([above_floor(shift[part], shift_floor(noise, r.window, part)).mean(axis=0) for part in PATHWAYS])
+
+
+def categories_above_floor(r: Reading) -> Array | None:
+    """``[behaviour]``: share of the categories"""
+    noise, account = r.start.noise, r.window.account
+    if noise is None or not account or noise.update_rms <= 0:
+        return None
+    size = r.window.update_rms / noise.update_rms
+    floor = step_floor(noise.behaviour_random, noise.behaviour_rounding, size)
+    share: Array = above_floor(sum(account[row] for row in ROWS), floor).mean(axis=0)
+    return share
+
+
+def shift_floor(noise: NoiseFloor, window: WindowRecord, part: str) -> Array:
+    """Noise floor of ``part`` for an update of the window's size, ``[feature, behaviour]``."""
+    return step_floor(noise.random[part], noise.rounding[part], window.update_rms / noise.update_rms)

@@ -1,0 +1,240 @@
+"""The one table of metric names: what a tracker is sent, what each number means, and how it comes from the records.
+
+Whatever reads or writes a metric takes its name from here. Names have no dots (W&B takes a dot for a path separator)
+and no wildcards. A number that is missing or not finite is left out of a row, never replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from string import Formatter
+from typing import Any
+
+import numpy as np
+
+from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, WindowRecord
+from smda_callbacks.sinks import metric_values as values
+from smda_callbacks.sinks.metric_values import Reading
+
+#: The x axis of every metric, as the Hugging Face trainer names it.
+STEP = "train/global_step"
+
+BEHAVIOUR = "Behaviour by group and category"
+POLICY = "Policy and pathways"
+NOISE = "Reliability and noise"
+HEALTH = "SAE health"
+COST = "Cost"
+AT_END = "Summary, once at the end"
+
+#: In reading order.
+SECTIONS = (BEHAVIOUR, POLICY, NOISE, HEALTH, COST, AT_END)
+
+_BEHAVIOUR_UNIT, _COEF_UNIT, _SHARE = "behaviour", "coefficient", "share in [0, 1]"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One line of the table.
+
+    ``pattern``: the name, with the axes in braces (:data:`AXES`). ``compute``: its numbers over these axes, in their
+    order. ``known``: whether a run has the metric at all; in a single row it may be missing all the same.
+    """
+
+    pattern: str
+    section: str
+    unit: str
+    meaning: str
+    compute: Callable[[Reading], Any]
+    known: Callable[[RunStart], bool] = lambda start: True
+
+    @property
+    def axes(self) -> list[str]:
+        """Names of the axes in the pattern."""
+        return [field for _, field, _, _ in Formatter().parse(self.pattern) if field is not None]
+
+
+def _of_health(name: str) -> Callable[[Reading], float | None]:
+    return lambda r: None if r.window.health is None else getattr(r.window.health, name)
+
+
+def _has_noise(start: RunStart) -> bool:
+    return start.noise is not None
+
+
+def _at_start(compute: Callable[[Reading], Any]) -> Callable[[Reading], Any]:
+    return lambda r: compute(Reading(r.start.baseline, r.start))
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("smda/{behaviour}_group/{group}", BEHAVIOUR, _BEHAVIOUR_UNIT,
+           "mean over the probes of the group", values.group_means),
+    Metric("smda/{behaviour}/{category}", BEHAVIOUR, _BEHAVIOUR_UNIT,
+           "mean over the probes of the category", values.category_means),
+    Metric("smda/{behaviour}_change/{category}", BEHAVIOUR, _BEHAVIOUR_UNIT,
+           "change of that mean since the start", values.category_changes),
+    Metric("smda/alerts/count", BEHAVIOUR, "alerts",
+           "alerts raised in the window; an alert outside a window has a row of its own",
+           lambda r: len(r.window.alerts)),
+    Metric("smda/{behaviour}_account_{group}/{row}", POLICY, _BEHAVIOUR_UNIT,
+           "part of the change of the group's mean in the window; the rows sum to the change",
+           values.group_account, values.categories_are_pure),
+    Metric("smda/pathways/{part}{further}", POLICY, _COEF_UNIT,
+           "L2 norm over features of this part of the window's shift", values.shift_norms),
+    Metric("smda/pathways/total{further}", POLICY, _COEF_UNIT,
+           "L2 norm of the window's whole shift", values.shift_norm),
+    Metric("smda/pathways/cumulative_{part}{further}", POLICY, _COEF_UNIT,
+           "L2 norm of this part summed over all windows since the start", values.total_norms),
+    Metric("smda/pathways/cumulative{further}", POLICY, _COEF_UNIT,
+           "L2 norm of the coefficients' change since the start", values.coef_norm),
+    Metric("smda/pathways/first_order_error", POLICY, "relative to the exact shift",
+           "how far the first-order shift is from the exact one", lambda r: r.window.first_order_error),
+    Metric("smda/policy/r2{further}", POLICY, "R²", "fit of the window's policy, in sample", values.r2),
+    Metric("smda/policy/r2_loo{further}", POLICY, "R²", "the same, leave-one-out", values.r2_loo),
+    Metric("smda/reliability/{part}", NOISE, "correlation",
+           "of this part of the shift between two halves of the probes, over features", values.reliability),
+    Metric("smda/reliability/above_floor_{part}{further}", NOISE, _SHARE,
+           "features whose shift is more than twice its noise floor", values.features_above_floor, _has_noise),
+    Metric("smda/reliability/above_floor_categories{further}", NOISE, _SHARE,
+           "categories whose change in the window is more than twice its noise floor",
+           values.categories_above_floor, _has_noise),
+    Metric("smda/reliability/update_rms", NOISE, "weight",
+           "root mean square change per trained weight over the window",
+           lambda r: r.window.update_rms if r.window.status == "ok" else None),
+    Metric("smda/sae/fvu", HEALTH, "share of variance",
+           "variance over probes that the SAE's reconstruction misses", _of_health("fvu")),
+    Metric("smda/sae/delta_fvu", HEALTH, "share of the change",
+           "what the SAE misses of the change since the last snapshot; above 1 is as good as nothing",
+           _of_health("delta_fvu")),
+    Metric("smda/sae/delta_fvu_magnitude", HEALTH, "share of the change",
+           "the same at fixed gates", _of_health("delta_fvu_magnitude")),
+    Metric("smda/sae/l0", HEALTH, "features", "mean number of active features", _of_health("l0")),
+    Metric("smda/sae/jaccard", HEALTH, _SHARE,
+           "mean overlap of the active features with those at the start", _of_health("jaccard")),
+    Metric("smda/cost/seconds", COST, "s", "wall time of the measurement", lambda r: r.window.seconds),
+    Metric("smda/run/skipped_steps", COST, "steps",
+           "optimizer steps of the window that the optimizer skipped", lambda r: len(r.window.skipped)),
+    Metric("smda/run/unreadable", COST, "0 or 1",
+           "1 where the window could not be measured; the next one spans it",
+           lambda r: float(r.window.status != "ok")),
+)  # fmt: skip
+
+#: Values of the whole run, by which runs are ranked; the window they are computed from is the last ok one.
+SUMMARY: tuple[Metric, ...] = (
+    Metric("smda/summary/{behaviour}_{group}_start", AT_END, _BEHAVIOUR_UNIT,
+           "mean over the probes of the group at the start", _at_start(values.group_means)),
+    Metric("smda/summary/{behaviour}_{group}_end", AT_END, _BEHAVIOUR_UNIT, "the same at the end", values.group_means),
+    Metric("smda/summary/{behaviour}_worst_drop", AT_END, _BEHAVIOUR_UNIT,
+           "largest fall of a category to refuse, start to end; negative if all rose", values.worst_drop),
+    Metric("smda/summary/{behaviour}_worst_rise", AT_END, _BEHAVIOUR_UNIT,
+           "largest rise of a category to comply with, start to end; negative if all fell", values.worst_rise),
+    Metric("smda/summary/total_{part}{further}", AT_END, _COEF_UNIT,
+           "L2 norm over features of this part summed over the run", values.total_norms),
+    Metric("smda/summary/total{further}", AT_END, _COEF_UNIT,
+           "L2 norm of the coefficients' change, start to end", values.coef_norm),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A placeholder of the names: its values in a run, and what it stands for."""
+
+    of_run: Callable[[RunStart], Sequence[str]]
+    meaning: str
+
+
+AXES: Mapping[str, Axis] = {
+    "behaviour": Axis(lambda start: start.policy.behaviours, "a scored behaviour, such as `refusal`"),
+    "group": Axis(lambda start: values.groups(start.probes), "the probes that should be met with `refuse` or `comply`"),
+    "category": Axis(lambda start: values.categories(start.probes), "a category of probes"),
+    "part": Axis(lambda start: PATHWAYS, f"{', '.join(f'`{part}`' for part in PATHWAYS)}"),
+    "row": Axis(lambda start: ROWS, f"{', '.join(f'`{row}`' for row in ROWS)}"),
+    "further": Axis(
+        lambda start: ["", *(f"_{name}" for name in start.policy.behaviours[1:])],
+        "empty for the first behaviour, `_` and its name for every further one",
+    ),
+}
+
+
+def metric_names(start: RunStart) -> list[str]:
+    """The exact names of all metrics that a run can log, in reading order.
+
+    In the names of behaviours and categories, what is not a letter, a digit, ``_`` or ``-`` becomes ``_``. Raises
+    ValueError where two metrics would get one name.
+    """
+    names = [name for metric in METRICS if metric.known(start) for name in _names(metric, start)]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"two metrics would be called {twice[0]!r}; every name must be used once. Rename the behaviour or the "
+            f"category behind it; behaviours are {', '.join(start.policy.behaviours)}."
+        )
+    return names
+
+
+def rows_of_window(window: WindowRecord, start: RunStart, total: Mapping[str, Array] | None = None) -> dict[str, float]:
+    """All metrics of a window, by name; the baseline is a window too.
+
+    ``total``: the shifts summed up to this window (:class:`~smda_callbacks.sinks.metric_values.Progress`); without it
+    the cumulative norms of the parts are left out.
+    """
+    return _row(METRICS, Reading(window, start, total))
+
+
+def summary_of_run(start: RunStart, windows: Iterable[WindowRecord]) -> dict[str, float]:
+    """The values by which runs are ranked, by name (:data:`SUMMARY`)."""
+    progress = values.progress_of(start, windows)
+    return summary_of_progress(start, progress)
+
+
+def summary_of_progress(start: RunStart, progress: values.Progress) -> dict[str, float]:
+    """The same as :func:`summary_of_run` from running sums, for a writer that does not keep the windows."""
+    return _row(SUMMARY, Reading(progress.last, start, progress.total))
+
+
+def markdown_table() -> str:
+    """The table for the README: one section after another, then what the braces and the units mean."""
+    lines = []
+    for section in SECTIONS:
+        lines += [f"**{section}**", "", "| name | unit | meaning |", "|---|---|---|"]
+        found = [metric for metric in (*METRICS, *SUMMARY) if metric.section == section]
+        lines += [f"| `{metric.pattern}` | {metric.unit} | {metric.meaning} |" for metric in found] + [""]
+    lines += [f"- `{{{name}}}`: {axis.meaning}" for name, axis in AXES.items()]
+    lines += [
+        f"- unit *{_BEHAVIOUR_UNIT}*: probability, or logit where the policy's target is the logit",
+        f"- unit *{_COEF_UNIT}*: behaviour units per standard deviation of the feature at distillation",
+        f"- x axis of all: `{STEP}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _row(metrics: Iterable[Metric], reading: Reading) -> dict[str, float]:
+    row: dict[str, float] = {}
+    for metric in metrics:
+        found = metric.compute(reading) if metric.known(reading.start) else None
+        if found is not None:
+            numbers = np.asarray(found, dtype=np.float64).ravel().tolist()
+            named = zip(_names(metric, reading.start), numbers, strict=True)
+            row |= {name: number for name, number in named if np.isfinite(number)}
+    return row
+
+
+def _names(metric: Metric, start: RunStart) -> list[str]:
+    axes = metric.axes
+    choices = product(*(_slugs(AXES[axis].of_run(start)) for axis in axes))
+    return [metric.pattern.format_map(dict(zip(axes, choice, strict=True))) for choice in choices]
+
+
+def _slugs(names: Iterable[str]) -> list[str]:
+    """Names fit for a metric's name, all different, in their order."""
+    found: list[str] = []
+    for name in names:
+        slug = base = re.sub(r"[^\w-]", "_", name)
+        count = 2
+        while slug in found:
+            slug, count = f"{base}_{count}", count + 1
+        found.append(slug)
+    return found

@@ -1,0 +1,123 @@
+"""The calls to W&B: find or start a run, and hand it tables, plots, alerts and artifacts.
+
+Measured with wandb 0.31: scalars, summary, configuration and definitions never wait for the server. Tables, plots and
+artifacts do (19 s each when it is gone), so they belong into a thread of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from smda_callbacks.records import Alert, RunStart
+from smda_callbacks.sinks import files
+from smda_callbacks.sinks.codec import dumps
+from smda_callbacks.sinks.metrics import STEP
+from smda_callbacks.sinks.wandb_tables import LogText, Table, shown_text
+
+PROJECT = "smda"
+TITLE_LENGTH = 63
+ANSWERS_WITHIN = 5.0  # seconds; a server that is gone shows as a call of 19 s
+
+#: What a run of our own is started with where the user has set nothing: prompts that the program prints stay here, a
+#: server that is down costs 10 s and not 90, a kill loses 2 s of rows and not 15, the end of the process is bounded.
+DEFAULTS: Mapping[str, Any] = {
+    "console": "off",
+    "init_timeout": 10.0,
+    "x_transaction_log_flush_interval": 2.0,
+    "finish_timeout": 60.0,
+}
+
+
+def attach(project: str | None, mode: str | None) -> tuple[Any, bool]:
+    """The run that is open, else a new one, and whether it is our own. Raises whatever W&B raises."""
+    import wandb
+
+    if wandb.run is not None:
+        return wandb.run, False
+    return wandb.init(settings=wandb.Settings(**own_settings(project, mode))), True
+
+
+def own_settings(project: str | None, mode: str | None) -> dict[str, Any]:
+    """Settings for a run of our own, without those that the user's environment or W&B settings file has set."""
+    import wandb
+
+    wanted = {"project": project or PROJECT, "mode": mode, **DEFAULTS}
+    known = set(wandb.setup().settings.model_fields_set)
+    known |= {name for name in wanted if f"WANDB_{name.upper()}" in os.environ}
+    return {name: value for name, value in wanted.items() if value is not None and name not in known}
+
+
+def define(run: Any, names: Iterable[str]) -> None:
+    """Plot every name over the optimizer step. Exact names only: W&B resolves overlapping wildcards at random."""
+    for name in names:
+        run.define_metric(name, step_metric=STEP)
+
+
+def log_table(run: Any, key: str, table: Table, step: int) -> None:
+    """Send one table. Waits for the server."""
+    import wandb
+
+    run.log({key: wandb.Table(columns=list(table.columns), data=[list(row) for row in table.data]), STEP: step})
+
+
+def log_bars(run: Any, key: str, table: Table, step: int) -> None:
+    """Send the first two columns of a table as a bar chart. Waits for the server."""
+    import wandb
+
+    label, value = table.columns[:2]
+    inner = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.data])
+    run.log({key: wandb.plot.bar(inner, label, value, title=key.rpartition("/")[2].replace("_", " ")), STEP: step})
+
+
+def send_alert(run: Any, alert: Alert, reach_server: Callable[[], None]) -> None:
+    """Raise an alert in W&B, if that is safe.
+
+    An alert that is pending when the server is gone makes the run's finish hang, whatever its timeout (wandb 0.31).
+    So, unless the run is offline (then the alert is kept until ``wandb sync``), ``reach_server`` makes a call that
+    waits for the server first. Raises what it raises, and TimeoutError where it takes longer than 5 s: the alert is
+    not sent then.
+    """
+    if not getattr(run, "offline", False):
+        began = time.monotonic()
+        reach_server()
+        if (waited := time.monotonic() - began) > ANSWERS_WITHIN:
+            raise TimeoutError(f"the W&B server took {waited:.0f} s to answer, so the alert was not sent")
+    title = f"SMDA {alert.kind}" + (f": {alert.category}" if alert.category else "")
+    run.alert(title=title[:TITLE_LENGTH], text=f"step {alert.step}: {alert.message}", level="WARN")
+
+
+def log_policy(run: Any, store: Path, start: RunStart) -> None:
+    """Send the distilled policy as an artifact. Waits for the server."""
+    artifact = _artifact(run, "policy", start)
+    for suffix in ("json", "safetensors"):
+        path = store / f"{files.POLICY}.{suffix}"
+        artifact.add_file(str(path), name=path.name, skip_cache=True)
+    run.log_artifact(artifact)
+
+
+def log_store(run: Any, store: Path, start: RunStart, log_text: LogText) -> None:
+    """Send the run store as an artifact. Waits for the server.
+
+    Unless all text may be sent, ``probes.jsonl`` is left out and ``probes_shown.jsonl`` put in its place, with the
+    hash of the text or without it; a store that is to be opened again needs the probe file from elsewhere.
+    """
+    artifact = _artifact(run, "store", start)
+    for path in sorted(store.rglob("*")):
+        if path.is_file() and path.suffix != ".part" and (log_text == "full" or path.name != files.PROBES):
+            artifact.add_file(str(path), name=path.relative_to(store).as_posix(), skip_cache=True)
+    if log_text != "full":
+        with artifact.new_file("probes_shown.jsonl") as file:
+            for probe in start.probes:
+                file.write(dumps({**vars(probe), "text": shown_text(probe, log_text)}) + "\n")
+    run.log_artifact(artifact)
+
+
+def _artifact(run: Any, kind: str, start: RunStart) -> Any:
+    import wandb
+
+    hashes = {name: start.manifest.get(name) for name in ("run_id", "probe_hash", "policy_hash")}
+    return wandb.Artifact(f"smda-{kind}-{run.id}", type=f"smda-{kind}", metadata=hashes)

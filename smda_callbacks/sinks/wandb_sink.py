@@ -1,0 +1,265 @@
+"""Send a run to Weights & Biases: a view of the run store, never its replacement.
+
+Rules, each for a measured reason (wandb 0.31):
+
+* Scalars go out directly, they never wait. Tables, plots, artifacts, alerts and the end of a run of our own wait for
+  the server, so one daemon thread does them, behind a queue that drops what it cannot take.
+* Every call is wrapped: a W&B that fails costs one warning, then silence, and nothing in training.
+* Rows carry ``train/global_step`` and no ``step=``; metrics are defined by their exact names.
+* A run that somebody else opened is used and left open; a run of our own is finished.
+* Probe texts stay here unless ``log_text`` says otherwise.
+* Alerts go out offline, and online only straight after a call that the server answered: see
+  :func:`smda_callbacks.sinks.wandb_run.send_alert`. They are counted in ``smda/alerts/count`` in any case.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
+from smda_callbacks.sinks import files, wandb_run, wandb_tables
+from smda_callbacks.sinks.metric_values import Progress
+from smda_callbacks.sinks.metrics import STEP, metric_names, rows_of_window, summary_of_progress
+from smda_callbacks.sinks.wandb_tables import LogText, Table
+from smda_callbacks.sinks.wandb_worker import Worker
+
+logger = logging.getLogger("smda_callbacks")
+
+
+class WandbSink:
+    """Logs into the run that is open at the first write (Hugging Face's own, for example), else into a new one.
+
+    Args:
+        project, mode: of a run of our own; the environment (``WANDB_PROJECT``, ``WANDB_MODE``) and W&B's settings file
+            go before them. Without any, the project is ``smda`` and the mode W&B's default.
+        tables_every: tables and plots at every so many windows, and at the start and the end.
+        log_text: what is sent of a probe's text: ``none``, ``hash`` (16 hex digits of its SHA-256) or ``full``.
+        store_path: run store to send as artifacts, the policy at the start and the whole at the end; None sends none.
+        logged_path: file to which everything handed to W&B is appended, as ``{"step", "row"}`` or
+            ``{"step", "summary"}``; default: ``logged.jsonl`` in the run store, if there is one.
+        alerts: whether alerts may be raised in W&B.
+        finish_timeout: seconds that ``close`` may wait for what is still on its way.
+        queue_size: tables, plots, alerts and artifacts that may wait; more are dropped.
+    """
+
+    def __init__(
+        self,
+        project: str | None = None,
+        mode: str | None = None,
+        *,
+        tables_every: int = 10,
+        log_text: LogText = "none",
+        store_path: Path | None = None,
+        logged_path: Path | None = None,
+        alerts: bool = True,
+        finish_timeout: float = 10.0,
+        queue_size: int = 32,
+    ) -> None:
+        _check(mode, tables_every, log_text, finish_timeout, queue_size)
+        self.project, self.mode, self.tables_every, self.log_text = project, mode, tables_every, log_text
+        self.store_path, self.alerts, self.finish_timeout = store_path, alerts, finish_timeout
+        self.logged_path = logged_path or (store_path / files.LOGGED if store_path else None)
+        self.failures = 0  # calls that raised
+        self._worker = Worker(self._failed, queue_size)
+        self._lock = threading.Lock()  # of the count of failures
+        self._log_lock = threading.Lock()  # the worker writes to logged.jsonl too
+        self._start: RunStart | None = None
+        self._run: Any = None
+        self._own = self._tried = self._closed = False
+        self._windows = 0
+        self._tables_at: int | None = None  # step of the last tables that were queued
+
+    @property
+    def dropped(self) -> int:
+        """Tables, plots, alerts and artifacts that found the queue full."""
+        return self._worker.dropped
+
+    def open(self, start: RunStart) -> None:
+        """Check the names of the metrics; W&B is not touched before the first write.
+
+        Raises ValueError where two metrics would get one name, and for a second run in one sink.
+        """
+        if self._start is not None:
+            raise ValueError("this WandbSink was opened before; it takes one run. Make a new one for every run.")
+        self._names = metric_names(start)
+        self._progress = Progress.at(start)
+        self._start = start
+
+    def write(self, window: WindowRecord) -> None:
+        """Send the metrics of a window and its alerts, and the tables when they are due."""
+        start = self._opened()
+        self._progress = self._progress.after(window)
+        self._windows += 1
+        if not self._attached(start):
+            return
+        self._log(lambda: rows_of_window(window, start, self._progress.total), window.step)
+        if self._windows % self.tables_every == 0:
+            self._submit_tables(start, self._progress)
+        for alert in window.alerts:
+            self._submit_alert(start, alert)
+
+    def alert(self, alert: Alert) -> None:
+        """Count and send an alert that belongs to no window."""
+        start = self._opened()
+        if self._attached(start):
+            self._log(lambda: {"smda/alerts/count": 1.0}, alert.step)
+            self._submit_alert(start, alert)
+
+    def close(self, end: RunEnd) -> None:
+        """Send the summary, the last tables and the store; finish the run if it is our own; wait, but not for long."""
+        if self._closed or self._start is None:
+            return
+        self._closed = True
+        if self._run is not None:
+            self._guard("sending the summary", lambda: self._send_summary(end.step))
+            self._submit_end(self._start, end)
+        if not self._worker.close(self.finish_timeout):
+            waited = TimeoutError(
+                f"not everything was sent within {self.finish_timeout:g} s; it goes on in the background while the "
+                "process lives"
+            )
+            self._failed("closing", waited)
+        logger.debug("W&B: %d calls failed, %d were dropped", self.failures, self.dropped)
+
+    def _opened(self) -> RunStart:
+        if self._start is None or self._closed:
+            state = "closed" if self._closed else "not open"
+            raise ValueError(
+                f"this WandbSink is {state}; records go in between open and close. Call open(start) first."
+            )
+        return self._start
+
+    def _attached(self, start: RunStart) -> bool:
+        """Whether there is a run; looks for one or starts one, once, and sends what is known before the first step."""
+        if not self._tried:
+            self._tried = True
+            self._guard("starting the run", lambda: self._attach(start))
+        return self._run is not None
+
+    def _attach(self, start: RunStart) -> None:
+        self._run, self._own = wandb_run.attach(self.project, self.mode)
+        if self._own:
+            self._guard("defining the x axis", lambda: self._run.define_metric(STEP))
+        names = [*self._names, *wandb_tables.HISTORY_KEYS]
+        self._guard("defining metrics", lambda: wandb_run.define(self._run, names))
+        facts = {"smda": dict(start.manifest)}
+        self._guard("sending the configuration", lambda: self._run.config.update(facts, allow_val_change=True))
+        before = Progress.at(start)
+        self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
+        self._submit_tables(start, before)
+        self._submit_table(wandb_tables.GAPS, lambda: wandb_tables.gaps_table(start.gaps), start.baseline.step)
+        store = self.store_path
+        if store is not None:
+            self._worker.submit("sending the policy", lambda: wandb_run.log_policy(self._run, store, start))
+
+    def _log(self, build: Callable[[], Mapping[str, float]], step: int) -> None:
+        def send() -> None:
+            row = {**build(), STEP: step}
+            self._note(step, "row", row)
+            self._run.log(row)
+
+        self._guard("logging metrics", send)
+
+    def _send_summary(self, step: int) -> None:
+        assert self._start is not None
+        values = summary_of_progress(self._start, self._progress)
+        self._note(step, "summary", values)
+        self._run.summary.update(values)
+
+    def _submit_tables(self, start: RunStart, done: Progress, *, always: bool = False) -> None:
+        step = done.last.step
+        if step == self._tables_at:
+            return
+        tables: dict[str, Callable[[], Table]] = {
+            wandb_tables.CATEGORIES: lambda: wandb_tables.categories_table(start, done),
+            wandb_tables.FEATURES: lambda: wandb_tables.features_table(start, done),
+            wandb_tables.PROBES: lambda: wandb_tables.probes_table(start, done, self.log_text),
+        }
+        bars: dict[str, Callable[[], Table]] = {
+            wandb_tables.FEATURE_PLOT: lambda: wandb_tables.feature_bars(start, done),
+            wandb_tables.CATEGORY_PLOT: lambda: wandb_tables.category_bars(start, done),
+        }
+        queued = [self._submit_table(key, build, step, always=always) for key, build in tables.items()]
+        queued += [
+            self._submit_table(key, build, step, wandb_run.log_bars, always=always) for key, build in bars.items()
+        ]
+        self._tables_at = step if all(queued) else None
+
+    def _submit_table(
+        self,
+        key: str,
+        build: Callable[[], Table],
+        step: int,
+        send: Callable[[Any, str, Table, int], None] = wandb_run.log_table,
+        *,
+        always: bool = False,
+    ) -> bool:
+        return self._worker.submit(f"sending {key}", lambda: self._send_table(key, build(), step, send), always=always)
+
+    def _send_table(self, key: str, table: Table, step: int, send: Callable[[Any, str, Table, int], None]) -> None:
+        self._note(step, "row", {key: vars(table), STEP: step})
+        send(self._run, key, table, step)
+
+    def _submit_alert(self, start: RunStart, alert: Alert) -> None:
+        if not self.alerts:
+            return
+        done = self._progress
+
+        def reach_server() -> None:
+            table = wandb_tables.categories_table(start, done)
+            self._send_table(wandb_tables.CATEGORIES, table, done.last.step, wandb_run.log_table)
+
+        self._worker.submit("sending an alert", lambda: wandb_run.send_alert(self._run, alert, reach_server))
+
+    def _submit_end(self, start: RunStart, end: RunEnd) -> None:
+        self._submit_tables(start, self._progress, always=True)
+        self._submit_table(wandb_tables.GAPS, lambda: wandb_tables.gaps_table(end.gaps), end.step, always=True)
+        store = self.store_path
+        if store is not None:
+            send = lambda: wandb_run.log_store(self._run, store, start, self.log_text)  # noqa: E731
+            self._worker.submit("sending the run store", send, always=True)
+        if self._own:
+            code = 0 if end.status == "finished" else 1
+            self._worker.submit("finishing the run", lambda: self._run.finish(exit_code=code), always=True)
+
+    def _note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Append what is about to be handed to W&B to ``logged.jsonl``; a full disk does not keep it from W&B."""
+        path = self.logged_path
+        if path is not None:
+            with self._log_lock:
+                self._guard(f"writing {path}", lambda: files.append_row(path, {"step": step, kind: values}))
+
+    def _guard(self, what: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # W&B is a view: whatever it raises, training goes on
+            self._failed(what, error)
+
+    def _failed(self, what: str, error: Exception) -> None:
+        with self._lock:
+            self.failures += 1
+            first = self.failures == 1
+        if first:
+            logger.warning(
+                "W&B: %s failed (%s: %s). Training goes on and the run store has everything; further failures "
+                "are counted in silence.",
+                what,
+                type(error).__name__,
+                error,
+            )
+
+
+def _check(mode: str | None, tables_every: int, log_text: str, finish_timeout: float, queue_size: int) -> None:
+    if mode not in (None, "online", "offline", "disabled"):
+        raise ValueError(f"mode is {mode!r}; allowed are online, offline, disabled and None. None keeps W&B's default.")
+    if log_text not in get_args(LogText):
+        raise ValueError(f"log_text is {log_text!r}; allowed are {', '.join(get_args(LogText))}. The default is none.")
+    if min(tables_every, queue_size) < 1 or finish_timeout < 0:
+        raise ValueError(
+            f"tables_every is {tables_every}, queue_size {queue_size}, finish_timeout {finish_timeout}; the first two "
+            "must be at least 1 and the last at least 0. Leave them out for the defaults."
+        )

@@ -1,0 +1,178 @@
+"""Tables of a run at one moment, as plain columns and rows, ready for a tracker."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from smda_callbacks.maths.uncertainty import above_floor
+from smda_callbacks.records import PATHWAYS, ROWS, Array, Probe, RunStart, WindowRecord
+from smda_callbacks.sinks.metric_values import Progress, Reading, categories, category_means, shift_floor
+
+LogText = Literal["none", "hash", "full"]
+
+CATEGORIES = "smda/tables/categories"
+FEATURES = "smda/tables/features"
+PROBES = "smda/tables/probes"
+GAPS = "smda/tables/gaps"
+FEATURE_PLOT = "smda/plots/feature_shift"
+CATEGORY_PLOT = "smda/plots/category_change"
+
+#: Key -> what it shows; the tables and plots that a run is sent beside its metrics.
+MEDIA: Mapping[str, str] = {
+    CATEGORIES: "behaviour of every category at the start and now, and the account of the last window",
+    FEATURES: "coefficients and shifts of every feature, those that moved most first",
+    PROBES: "behaviour of every probe at the start and now; its text only as `log_text` says",
+    GAPS: "the gap table, at the start and at the end",
+    FEATURE_PLOT: "the features whose magnitude shift since the start is largest, first behaviour",
+    CATEGORY_PLOT: "change of every category since the start, first behaviour",
+}
+
+#: The same as W&B names them in its history: a plot is kept as the table behind it.
+HISTORY_KEYS = tuple(f"{key}_table" if key in (FEATURE_PLOT, CATEGORY_PLOT) else key for key in MEDIA)
+
+MAX_ROWS = 2000  # W&B keeps 10,000 rows of a table; the run store has them all
+MAX_BARS = 20
+HASH_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Table:
+    """``data`` has one list per row in the order of ``columns``: text, numbers, None for what is not known."""
+
+    columns: tuple[str, ...]
+    data: tuple[tuple[Any, ...], ...]
+
+
+def categories_table(start: RunStart, progress: Progress) -> Table:
+    """One row per category and behaviour: mean at the start and now, and the last window's account."""
+    names = categories(start.probes)
+    before, now = _means(start, start.baseline), _means(start, progress.last)
+    rows = []
+    for c, name in enumerate(names):
+        members = [probe for probe in start.probes if probe.category == name]
+        for m, behaviour in enumerate(start.policy.behaviours):
+            account = [_at(progress.last.account.get(row), c, m) for row in ROWS]
+            means = [_number(before[m, c]), _number(now[m, c]), _number(now[m, c] - before[m, c])]
+            expected = "/".join(sorted({probe.expected for probe in members}))
+            rows.append((name, expected, len(members), behaviour, *means, *account))
+    head = ("category", "expected", "probes", "behaviour", "mean_start", "mean", "change")
+    return Table((*head, *(f"window_{row}" for row in ROWS)), tuple(rows))
+
+
+def features_table(start: RunStart, progress: Progress) -> Table:
+    """One row per feature and behaviour, by the change of the coefficient since the start, largest first."""
+    policy, last = start.policy, progress.last
+    above = _above_floor(start, last)
+    words = {label.feature: label for label in policy.labels}
+    rows = []
+    for j, m in _largest_first(_change(start, last)):
+        label = words.get(int(policy.features[j]))
+        parts = [_at(progress.total[part], j, m) for part in PATHWAYS]
+        window = [_at(last.shift.get(part), j, m) for part in PATHWAYS]
+        coefs = [_at(start.baseline.coef, j, m), _at(last.coef, j, m)]
+        noticed = None if above is None else bool(above[j, m])
+        known = (label.label or "", ", ".join(label.promoted)) if label else ("", "")
+        name = policy.behaviours[m]
+        rows.append((str(policy.features[j]), name, *coefs, *parts, *window, noticed, *known))
+    head = ("feature", "behaviour", "coef_start", "coef")
+    tail = ("window_above_floor", "label", "promoted")
+    run, recent = (f"run_{part}" for part in PATHWAYS), (f"window_{part}" for part in PATHWAYS)
+    return Table((*head, *run, *recent, *tail), tuple(rows))
+
+
+def probes_table(start: RunStart, progress: Progress, log_text: LogText) -> Table:
+    """One row per probe and behaviour. The text is left out, or its hash, or itself: see :func:`shown_text`."""
+    texts = () if log_text == "none" else ("text_sha256" if log_text == "hash" else "text",)
+    rows = []
+    for i, probe in enumerate(start.probes):
+        for m, behaviour in enumerate(start.policy.behaviours):
+            before, now = _reading(start.baseline, i, m), _reading(progress.last, i, m)
+            change = now - before if now is not None and before is not None else None
+            text = () if log_text == "none" else (shown_text(probe, log_text),)
+            rows.append((probe.id, probe.category, probe.expected, behaviour, before, now, change, *text))
+    head = ("probe", "category", "expected", "behaviour", "start", "now", "change")
+    return Table((*head, *texts), tuple(rows))
+
+
+def gaps_table(gaps: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of the gap table; the features that pull away from what is expected become text."""
+    if not gaps:
+        return Table(("category",), ())
+    columns = tuple(gaps[0])
+    return Table(columns, tuple(tuple(_cell(row.get(name)) for name in columns) for row in gaps))
+
+
+def feature_bars(start: RunStart, progress: Progress) -> Table:
+    """The largest magnitude shifts since the start, first behaviour."""
+    shift = progress.total[PATHWAYS[0]][:, :1]
+    chosen = [j for j, _ in _largest_first(shift)][:MAX_BARS]
+    return Table(("feature", "shift"), tuple((str(start.policy.features[j]), _at(shift, j, 0)) for j in chosen))
+
+
+def category_bars(start: RunStart, progress: Progress) -> Table:
+    """Change of every category since the start, first behaviour."""
+    change = _means(start, progress.last)[0] - _means(start, start.baseline)[0]
+    pairs = zip(categories(start.probes), change, strict=True)
+    return Table(("category", "change"), tuple((name, _number(value)) for name, value in pairs))
+
+
+def shown_text(probe: Probe, log_text: LogText) -> str | None:
+    """What may be sent of a probe's text: None, the first 16 hex digits of its SHA-256, or all of it.
+
+    A hash tells which of a known list of prompts it is; it hides the text only from those who do not have it.
+    """
+    if log_text == "hash":
+        return hashlib.sha256(probe.text.encode()).hexdigest()[:HASH_DIGITS]
+    return probe.text if log_text == "full" else None
+
+
+def _means(start: RunStart, window: WindowRecord) -> Array:
+    """``[behaviour, category]``; NaN without a snapshot."""
+    means = category_means(Reading(window, start))
+    return np.full((len(start.policy.behaviours), len(categories(start.probes))), np.nan) if means is None else means
+
+
+def _change(start: RunStart, last: WindowRecord) -> Array:
+    now, before = last.coef, start.baseline.coef
+    return np.zeros_like(start.policy.coef) if now is None or before is None else now - before
+
+
+def _above_floor(start: RunStart, window: WindowRecord) -> Array | None:
+    """Whether any part of the window's shift is above its floor, ``[feature, behaviour]``; None if not known."""
+    noise = start.noise
+    if noise is None or not window.shift or noise.update_rms <= 0:
+        return None
+    found: Array = np.any([above_floor(window.shift[part], shift_floor(noise, window, part)) for part in PATHWAYS], 0)
+    return found
+
+
+def _largest_first(values: Array) -> list[tuple[int, int]]:
+    """Places (feature, behaviour) by absolute value, largest first, at most MAX_ROWS."""
+    order = np.argsort(-np.abs(values), axis=None, kind="stable")[:MAX_ROWS]
+    return [divmod(int(place), values.shape[1]) for place in order]
+
+
+def _reading(window: WindowRecord, i: int, m: int) -> float | None:
+    return None if window.snapshot is None else _number(window.snapshot.y[i, m])
+
+
+def _at(array: Array | None, *place: int) -> float | None:
+    return None if array is None else _number(array[place])
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return ", ".join(f"{feature}: {share:+.3g}" for feature, share in value)
+    if isinstance(value, float | np.floating):
+        return _number(value)
+    return value.item() if isinstance(value, np.generic) else value
