@@ -19,7 +19,7 @@ class Html(str):
     __slots__ = ()
 
 
-def element(name: str, *children: object, **attributes: object) -> Html:
+def element(name: str, /, *children: object, **attributes: object) -> Html:
     """``<name attributes>children</name>``. Children that are not :class:`Html` are escaped; None is left out.
 
     Attribute names are written as ``class_``, ``data_figure``; a value of True stands alone, None and False are left

@@ -7,9 +7,9 @@ artifacts do (19 s each when it is gone), so they belong into a thread of their 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 from smda_callbacks.records import Alert, RunStart
@@ -82,9 +82,9 @@ def send_alert(run: Any, alert: Alert, reach_server: Callable[[], None]) -> None
     not sent then.
     """
     if not getattr(run, "offline", False):
-        began = time.monotonic()
+        began = monotonic()
         reach_server()
-        if (waited := time.monotonic() - began) > ANSWERS_WITHIN:
+        if (waited := monotonic() - began) > ANSWERS_WITHIN:
             raise TimeoutError(f"the W&B server took {waited:.0f} s to answer, so the alert was not sent")
     title = f"SMDA {alert.kind}" + (f": {alert.category}" if alert.category else "")
     run.alert(title=title[:TITLE_LENGTH], text=f"step {alert.step}: {alert.message}", level="WARN")

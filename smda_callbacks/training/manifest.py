@@ -87,6 +87,7 @@ def _trainer(args: Any) -> dict[str, Any]:
         "bf16",
         "fp16",
         "activation_checkpointing",
+        "gradient_checkpointing",  # its name before transformers 5.23
     )
     return {"class": type(args).__name__, **{name: _plain(getattr(args, name, None)) for name in names}}
 

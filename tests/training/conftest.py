@@ -19,6 +19,11 @@ from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.plan import Plan
 from tests.helpers.tiny import many_probes, save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
+#: The name of this argument changed in transformers 5.
+CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in SFTConfig.__dataclass_fields__
+)
+
 PAIRS = [
     {
         "messages": [
@@ -63,7 +68,7 @@ def trainer(tmp_path: Path) -> Callable[..., SFTTrainer]:
             "learning_rate": 5e-3,
             "logging_steps": 1,
             "bf16": False,
-            "activation_checkpointing": False,
+            CHECKPOINTING: False,
             "report_to": [],
             "save_strategy": "no",
             "disable_tqdm": True,

@@ -13,12 +13,13 @@ from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.plan import Plan
 from tests.helpers.tiny import tiny_model
+from tests.training.conftest import CHECKPOINTING
 
 MATRIX: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora": {"lora_dropout": 0.3}},
     "accumulation": {"gradient_accumulation_steps": 4, "lora": {"lora_dropout": 0.1}},
-    "checkpointing": {"activation_checkpointing": True, "lora": {"lora_dropout": 0.1}},
+    "checkpointing": {CHECKPOINTING: True, "lora": {"lora_dropout": 0.1}},
     "bf16 autocast": {"bf16": True},
     "packing": {"packing": True, "max_length": 64},
     "padding free": {"padding_free": True, "max_length": None},

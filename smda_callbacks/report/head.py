@@ -1,0 +1,100 @@
+"""The head of the report: verdict, figures at a glance, where the run comes from, alerts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from smda_callbacks.report import tables
+from smda_callbacks.report.data import RunData, missed
+from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, signed
+from smda_callbacks.report.verdict import verdict, worst_category
+
+
+def head(data: RunData, behaviour: int) -> Html:
+    """The first section, for one behaviour."""
+    first, *others = verdict(data, behaviour)
+    return join([
+        element("p", first, class_="lead"),
+        tiles(data, behaviour),
+        element("ul", *(element("li", each) for each in others), class_="verdict"),
+        element("h3", "Alerts"),
+        tables.alert_list(data),
+        tables.unbooked_list(data),
+        element("h3", "The run"),
+        tables.facts(run_facts(data, behaviour)),
+    ])  # fmt: skip
+
+
+def tiles(data: RunData, behaviour: int) -> Html:
+    """A few numbers at a glance."""
+    found = [
+        _change_tile(f"probes to {group}", float(means[0, behaviour]), float(means[-1, behaviour]))
+        for group, means in data.group_means.items()
+    ]
+    if data.ok:
+        worst = worst_category(data, behaviour)
+        start, end = (float(data.means[record, worst, behaviour]) for record in (0, -1))
+        found.append(_change_tile(f"worst: {data.categories[worst]}", start, end))
+    quality = data.policy.quality[behaviour]
+    found.append(_tile("policy R²", fixed(quality.r2_loo), f"leave-one-out; in sample {fixed(quality.r2)}"))
+    checked, bad = missed(data)
+    if checked:
+        found.append(_tile("delta-FVU above 1", f"{len(bad)} of {len(checked)}", "windows, at fixed gates"))
+    return element("div", *found, class_="tiles")
+
+
+def _change_tile(title: str, start: float, end: float) -> Html:
+    return _tile(title, f"{fixed(start)} → {fixed(end)}", signed(end - start))
+
+
+def _tile(title: str, value: str, note: str) -> Html:
+    return element(
+        "div", element("div", title, class_="quiet", title=title), element("strong", value), element("div", note)
+    )
+
+
+def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
+    """Where the run comes from, as names and values."""
+    manifest, policy = data.store.manifest, data.policy
+    quality = policy.quality[behaviour]
+    skipped = sum(len(window.skipped) for window in data.windows)
+    unbooked = len(data.windows) - len(data.ok)
+    sae, model = _mapping(manifest.get("sae")), _mapping(manifest.get("model"))
+    windows = f"{len(data.windows)}: {len(data.ok)} booked, {unbooked} not measured"
+    return [
+        ("run", _text(manifest.get("run_id"))),
+        ("created", _text(manifest.get("created"))),
+        ("model", f"{_text(model.get('id') or policy.model_id)} ({_text(model.get('class'))})"),
+        ("SAE", f"{_text(sae.get('id') or policy.sae_id)} ({_text(sae.get('architecture'))}, "
+                f"{_text(sae.get('d_sae'))} features, at {_text(sae.get('hook_name'))})"),
+        ("policy R²", f"{fixed(quality.r2)} in sample, {fixed(quality.r2_loo)} leave-one-out, "
+                      f"{fixed(quality.r2_cv)} in 10-fold cross-validation"),
+        ("policy", f"{count(len(policy.features), 'feature')}, λ = {number(policy.lam)}, "
+                   f"{number(policy.edf)} effective degrees of freedom, condition {number(policy.condition, 2)}"),
+        ("probes", f"{len(data.probes)} in {count(len(data.categories), 'category', 'categories')}"),
+        ("steps", f"{data.steps[0]} to {data.windows[-1].step if data.windows else data.steps[0]}; "
+                  f"{count(skipped, 'step')} skipped by the optimizer"),
+        ("windows", windows),
+        ("noise floor", "not measured" if data.noise is None else f"from {count(data.noise.draws, 'random update')}"),
+        ("hashes", _hashes(manifest, sae, model)),
+        ("versions", ", ".join(f"{name} {each}" for name, each in _mapping(manifest.get("versions")).items() if each)),
+    ]  # fmt: skip
+
+
+def _hashes(manifest: Mapping[str, Any], sae: Mapping[str, Any], model: Mapping[str, Any]) -> Html:
+    found = {
+        "probes": manifest.get("probe_hash"),
+        "policy": manifest.get("policy_hash"),
+        "SAE": sae.get("hash"),
+        "model": model.get("hash"),
+    }
+    return join((join([f"{name} ", element("code", str(each)[:10])]) for name, each in found.items() if each), ", ")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any) -> str:
+    return NONE if value is None else str(value)

@@ -1,0 +1,165 @@
+"""The report's tables, as HTML. Text that comes from a run is escaped on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from smda_callbacks.records import PATHWAYS, FeatureLabel
+from smda_callbacks.report.data import FeatureShift, RunData, feature_name
+from smda_callbacks.report.figures import PART_NAMES
+from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, percent, signed, table, token
+
+#: Rows of the feature table that are shown at once, and at all.
+SHOWN, MOST = 20, 200
+
+_SIGNS = {"low": "▼ low", "over-refusal": "▲ over-refusal", "fragile": "◆ fragile"}
+
+
+def feature_table(data: RunData, shifts: Sequence[FeatureShift]) -> Html:
+    """Features with their shifts, those above the noise floor strongly; further ones folded away."""
+    strong = [each for each in shifts if each.any_above][:SHOWN]
+    shown = strong or list(shifts[:5])
+    rest = [each for each in shifts if each not in shown]
+    first = _feature_rows(data, shown)
+    if not rest:
+        return first
+    listed = rest[: MOST - len(shown)]
+    title = f"{count(len(rest), 'further feature')}, below the noise floor or with a smaller shift"
+    if len(listed) < len(rest):
+        title += f"; the first {len(listed)} are listed, all are in tables/features.parquet"
+    return join([first, element("details", element("summary", title), _feature_rows(data, listed))])
+
+
+def _feature_rows(data: RunData, shifts: Iterable[FeatureShift]) -> Html:
+    head = ["feature", "label, promoted tokens", "most active probes", "start", "end"]
+    head += [PART_NAMES[part] for part in PATHWAYS] + ["sum"]
+    return table(head, [_feature_row(data, each) for each in shifts])
+
+
+def _feature_row(data: RunData, shift: FeatureShift) -> Html:
+    label = data.labels.get(shift.feature)
+    cells = [
+        element("th", _feature_link(shift.feature, label), scope="row"),
+        element("td", *_label_cell(label)),
+        element("td", _probes_cell(data, label), class_="probes"),
+        *(_number_cell(fixed(value, 4)) for value in (shift.start, shift.end)),
+        *(_number_cell(signed(shift.shifts[part], 4), weak=not shift.above.get(part, True)) for part in PATHWAYS),
+        _number_cell(signed(shift.total, 4), weak=not shift.any_above),
+    ]
+    return element("tr", *cells, class_=None if shift.any_above else "weak")
+
+
+def _feature_link(feature: int, label: FeatureLabel | None) -> Html:
+    url = label.url if label is not None else None
+    if url is None or not url.startswith(("https://", "http://")):
+        return element("span", feature)
+    return element("a", feature, href=url, rel="noopener noreferrer", target="_blank")
+
+
+def _label_cell(label: FeatureLabel | None) -> list[Html]:
+    if label is None:
+        return [Html(NONE)]
+    cells = [element("div", label.label)] if label.label else []
+    for sign, tokens in (("+", label.promoted), ("−", label.suppressed)):
+        if tokens:
+            chips = (element("code", token(each)) for each in tokens)
+            cells.append(element("div", element("span", sign, class_="quiet"), " ", join(chips, " "), class_="tokens"))
+    return cells or [Html(NONE)]
+
+
+def _probes_cell(data: RunData, label: FeatureLabel | None) -> Html:
+    texts = {probe.id: probe for probe in data.probes}
+    found = [(texts[name], value) for name, value in (label.top_probes if label else ()) if name in texts]
+    if not found:
+        return Html(NONE)
+    lines = [
+        element("li", element("b", probe.category), " ", probe.text, " ", element("i", number(value)))
+        for probe, value in found
+    ]
+    first = element("summary", element("b", found[0][0].category), " ", found[0][0].text)
+    return element("details", first, element("ol", *lines))
+
+
+def gap_table(data: RunData, gaps: Iterable[Mapping[str, Any]]) -> Html:
+    """One row per category, gaps marked; worst first, as they come."""
+    head = ["category", "expected", "n", "mean", "predicted", "residual", "shortfall", "gap", "pulling away", "unshared"]
+    return table(head, [_gap_row(data, gap) for gap in gaps])
+
+
+def _gap_row(data: RunData, gap: Mapping[str, Any]) -> Html:
+    numbers = [fixed(gap["mean"]), fixed(gap["predicted"]), signed(gap["residual"]), fixed(gap["shortfall"])]
+    pulling = [
+        element("li", feature_name(data, int(feature)), " ", element("i", signed(value, 3)))
+        for feature, value in gap["pulling"]
+    ]
+    cells = [
+        element("th", gap["category"], scope="row"),
+        element("td", gap["expected"]),
+        _number_cell(str(gap["n_probes"])),
+        *(_number_cell(text) for text in numbers),
+        element("td", element("b", _SIGNS.get(gap["reason"], gap["reason"]))) if gap["is_gap"] else element("td", NONE),
+        element("td", _folded(pulling)),
+        _number_cell(percent(gap["unshared"])),
+    ]
+    return element("tr", *cells, class_="gap" if gap["is_gap"] else None)
+
+
+def _folded(items: Sequence[Html], shown: int = 1) -> Html:
+    """A list of which all but the first items are folded away."""
+    if not items:
+        return Html(NONE)
+    first = element("ul", *items[:shown], class_="plain")
+    if len(items) <= shown:
+        return first
+    more = element("details", element("summary", f"{len(items) - shown} more"), element("ul", *items[shown:]))
+    return element("div", first, more, class_="folded")
+
+
+def quality_table(data: RunData, behaviour: int) -> Html:
+    """How well the policy fits each category at distillation."""
+    head = ["category", "expected", "mean", "predicted", "RMSE", "RMSE leave-one-out", "R²", "R² leave-one-out"]
+    rows = []
+    for name, figures in data.policy.quality[behaviour].by_category.items():
+        keys = ("mean", "predicted", "rmse", "rmse_loo", "r2", "r2_loo")
+        cells = [_number_cell(fixed(figures.get(key))) for key in keys]
+        expected = element("td", data.expected.get(name, NONE))
+        rows.append(element("tr", element("th", name, scope="row"), expected, *cells))
+    return table(head, rows)
+
+
+def alert_list(data: RunData, shown: int = 8) -> Html:
+    """Alerts by step; all but the first few folded away."""
+    if not data.alerts:
+        return element("p", "No alerts.")
+    items = [
+        element("li", element("b", f"step {alert.step}"), " ", element("code", alert.kind), " ", alert.message)
+        for alert in data.alerts
+    ]
+    first = element("ul", *items[:shown], class_="alerts")
+    if len(items) <= shown:
+        return first
+    more = element("summary", count(len(items) - shown, "further alert"))
+    return join([first, element("details", more, element("ul", *items[shown:], class_="alerts"))])
+
+
+def unbooked_list(data: RunData) -> Html | None:
+    """Windows that were not booked, with their reason; None if there are none."""
+    items = [
+        element("li", element("b", f"step {window.step}"), " ", element("code", window.status), " ", window.error or "")
+        for window in data.windows
+        if window.status != "ok"
+    ]
+    if not items:
+        return None
+    title = f"{count(len(items), 'window')} not booked"
+    return element("details", element("summary", title), element("ul", *items, class_="alerts"))
+
+
+def facts(pairs: Iterable[tuple[str, object]]) -> Html:
+    """A list of names and values."""
+    return element("dl", *(element("div", element("dt", name), element("dd", value)) for name, value in pairs))
+
+
+def _number_cell(text: str, *, weak: bool = False) -> Html:
+    return element("td", text, class_="number weak" if weak else "number")

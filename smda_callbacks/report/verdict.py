@@ -1,0 +1,164 @@
+"""The run in a few sentences, made from its numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from smda_callbacks.records import FEATURE_ROWS, PATHWAYS
+from smda_callbacks.report.data import (
+    TIMES,
+    RunData,
+    behaviour_floors,
+    cumulative_shifts,
+    missed,
+    norms,
+    shift_floors,
+)
+from smda_callbacks.report.figures import PART_NAMES
+from smda_callbacks.report.markup import count, fixed, number, percent, signed
+
+#: Smaller changes of a mean are said to be none.
+STILL = 0.005
+
+
+def verdict(data: RunData, behaviour: int) -> list[str]:
+    """Sentences on one behaviour, in reading order: groups, worst category, what carried it, noise, SAE."""
+    if not data.ok:
+        return [f"Nothing has been booked yet. {_levels(data, behaviour)}", state(data)]
+    category = worst_category(data, behaviour)
+    return [
+        groups_sentence(data, behaviour),
+        worst_sentence(data, behaviour, category),
+        carried_sentence(data, behaviour, category),
+        noise_sentence(data, behaviour),
+        sae_sentence(data),
+        state(data),
+    ]
+
+
+def groups_sentence(data: RunData, behaviour: int) -> str:
+    """Start and end of the mean over the probes to refuse and over those to comply with."""
+    parts = []
+    for group, means in data.group_means.items():
+        start, end = float(means[0, behaviour]), float(means[-1, behaviour])
+        parts.append(f"on probes to {group} it {_moved(start, end)}")
+    name = data.behaviours[behaviour].capitalize()
+    return f"{name} ({data.unit}), step {data.steps[0]} to {data.steps[-1]}: {'; '.join(parts)}."
+
+
+def worst_category(data: RunData, behaviour: int) -> int:
+    """The category that moved furthest away from what is expected of it: refuse fell, or comply rose."""
+    change = data.means[-1, :, behaviour] - data.means[0, :, behaviour]
+    signs = np.array([-1.0 if data.expected[name] == "refuse" else 1.0 for name in data.categories])
+    return int(np.argmax(signs * change))
+
+
+def worst_sentence(data: RunData, behaviour: int, category: int) -> str:
+    """The worst category, and whether its change is above the noise floor."""
+    name = data.categories[category]
+    start, end = (float(data.means[record, category, behaviour]) for record in (0, -1))
+    wanted = end >= start if data.expected[name] == "refuse" else end <= start
+    if wanted:
+        return "No category moved away from what is expected of it."
+    floors = behaviour_floors(data)
+    note = "its noise floor was not measured"
+    if floors is not None:
+        floor = float(floors[-1, category, behaviour])
+        word = "above" if abs(end - start) > TIMES * floor else "not above"
+        note = f"{word} {TIMES:g} times its noise floor of {number(floor, 2)}"
+    return f"Worst category: {name} (should {data.expected[name]}) {_moved(start, end)}, {note}."
+
+
+def carried_sentence(data: RunData, behaviour: int, category: int) -> str:
+    """How much of a category's change the policy's features carry, and how much the policy cannot express."""
+    rows = {row: float(values[category, behaviour]) for row, values in data.account.rows.items()}
+    change = sum(rows.values())
+    if abs(change) < STILL:
+        return "There is no change of it to account for."
+    parts = {
+        "through the policy's features": sum(rows[row] for row in FEATURE_ROWS),
+        "through the intercept": rows["intercept"],
+        "in the residual, which the policy cannot express": rows["residual"],
+    }
+    said = [f"{signed(value)} ({percent(value / change)}) {where}" for where, value in parts.items()]
+    return f"Of the change of {signed(change)} in {data.categories[category]}: {said[0]}, {said[1]} and {said[2]}."
+
+
+def noise_sentence(data: RunData, behaviour: int) -> str:
+    """Which parts of the policy's shift rise above the noise floor over the run."""
+    floors = shift_floors(data)
+    if floors is None:
+        return "The noise floor was not measured, so no shift can be told from noise."
+    shifts, said = cumulative_shifts(data), []
+    for part in PATHWAYS:
+        shift, floor = float(norms(shifts[part], behaviour)[-1]), float(norms(floors[part], behaviour)[-1])
+        if floor == 0:
+            said.append(f"{PART_NAMES[part]} has a floor of 0")
+            continue
+        word = "rises above it" if shift > TIMES * floor else "does not"
+        said.append(f"{PART_NAMES[part]} {word} ({number(shift / floor, 2)} times the floor)")
+    return f"Shift of the policy against its noise floor, above meaning {TIMES:g} times: {'; '.join(said)}."
+
+
+def sae_sentence(data: RunData) -> str:
+    """Whether the account by SAE features may be read: delta-FVU at fixed gates."""
+    checked, bad = missed(data)
+    if not checked:
+        return "Delta-FVU was not measured, so it is not known whether the feature account is valid."
+    values = [
+        window.health.delta_fvu_magnitude
+        for window in data.ok
+        if window.health is not None and window.health.delta_fvu_magnitude is not None
+    ]
+    median = f"delta-FVU at fixed gates has a median of {fixed(float(np.median(values)))}"
+    of = count(len(checked), "window")
+    if not bad:
+        return f"The SAE account is valid: {median} and stays at or below 1 in all {of} checked."
+    if len(bad) == len(checked):
+        return f"The SAE account is not valid: {median} and is above 1 in all {of} checked. Do not read features."
+    return (
+        f"The SAE account is valid in part: {median} but is above 1 in {len(bad)} of {of} checked; "
+        "do not read features there."
+    )
+
+
+def state(data: RunData) -> str:
+    """Whether the run has ended, and which windows are missing from the account."""
+    unbooked = len(data.windows) - len(data.ok)
+    note = ""
+    if unbooked:
+        was = "was" if unbooked == 1 else "were"
+        note = f" {count(unbooked, 'window')} could not be measured and {was} not booked; the next good one spans it."
+    if data.end is None:
+        last = data.windows[-1].step if data.windows else data.steps[0]
+        return f"The run has no end record: it is in progress, or was stopped. Read up to step {last}.{note}"
+    return f"The run {'finished' if data.end.status == 'finished' else 'was interrupted'} at step {data.end.step}.{note}"
+
+
+def warning(data: RunData) -> str | None:
+    """What must be said beside every view of features; None where the SAE follows the change."""
+    checked, bad = missed(data)
+    if not bad:
+        return None
+    if len(bad) == len(checked):
+        return "Delta-FVU at fixed gates is above 1 in every window checked: the features below must not be read."
+    steps = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+    return (
+        f"Delta-FVU at fixed gates is above 1 in the windows that end at step {steps}: the features of these windows "
+        "must not be read, and sums over the run contain them."
+    )
+
+
+def _levels(data: RunData, behaviour: int) -> str:
+    parts = [
+        f"{fixed(float(means[-1, behaviour]))} on probes to {group}" for group, means in data.group_means.items()
+    ]
+    name = data.behaviours[behaviour].capitalize()
+    return f"{name} ({data.unit}) at step {data.steps[0]} is {' and '.join(parts)}."
+
+
+def _moved(start: float, end: float) -> str:
+    change = end - start
+    if abs(change) < STILL:
+        return f"stayed at {fixed(end)} ({signed(change, 3)})"
+    return f"{'rose' if change > 0 else 'fell'} from {fixed(start)} to {fixed(end)} ({signed(change)})"
