@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 # Before torch and the Hugging Face libraries are imported: tiny models run faster on one thread, and no test may
 # reach a network.
@@ -18,10 +17,9 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_wandb_folders(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_wandb_folders(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
         monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
-    yield
 
 
 def pytest_report_header() -> str:

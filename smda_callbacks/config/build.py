@@ -111,7 +111,8 @@ def build_sinks(config: SMDAConfig, args: Any) -> Sequence[Sink]:
         from smda_callbacks.sinks.wandb_sink import WandbSink
 
         options = config.wandb.model_dump(exclude={"enabled", "artifacts"})
-        sinks.append(WandbSink(**options, store_path=folder if config.wandb.artifacts else None))
+        artifacts = folder if config.wandb.artifacts else None
+        sinks.append(WandbSink(**options, store_path=artifacts, logged_path=folder / "logged.jsonl"))
     return sinks
 
 

@@ -54,6 +54,7 @@ class MeasuringCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         model, tokenizer = kwargs["model"], kwargs.get("processing_class")
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text part of a multimodal processor
         require_lora(model)
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step

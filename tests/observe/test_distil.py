@@ -67,7 +67,7 @@ def test_support_is_active_often_enough_and_lambda_is_as_strong_as_tolerated(mod
 
 
 def test_honest_folds_expose_a_policy_of_noise(model: Any, handle: SAEHandle) -> None:
-    """On a random model the best of 96 features look good in sample; folds that choose for themselves are not fooled."""
+    """On a random model the best of 96 features look good in sample; folds that choose themselves are not fooled."""
     policy, _, _ = distil(instrument(model, handle), model, tiny_tokenizer(), OPTIONS)
     quality = policy.quality[0]
     assert quality.r2_cv is not None

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from smda_callbacks.observe import reading as reading_module
 from smda_callbacks.observe.activations import HookError, decoder_layers, find_module, parse_hook, unwrap
@@ -99,6 +100,23 @@ def test_a_sliding_window_shorter_than_the_probes_cuts_by_position(family: str) 
     np.testing.assert_allclose(result.hidden.numpy(), hidden, atol=2e-4)
 
 
+def test_a_multimodal_gemma_is_read_as_text() -> None:
+    text = {"vocab_size": 420, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256}
+    text |= {"sliding_window": 8, "pad_token_id": 0, "initializer_range": 0.2}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_id=419)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    ids, batches = batched()
+    expected, hidden = slow_twin(model, ids, batches, layer=1)
+    site = handle()
+    result = read(model, batches, site.site, encoder(site))
+    np.testing.assert_allclose(result.log_probs, expected, atol=2e-4)
+    np.testing.assert_allclose(result.hidden.numpy(), hidden, atol=2e-4)
+
+
 def test_reads_through_peft_with_the_adapter_active() -> None:
     model = tiny_model()
     site = handle()
@@ -129,7 +147,16 @@ def test_layers_are_found_under_wrappers(family: str) -> None:
         assert len(decoder_layers(wrapped)) == 3
 
 
-@pytest.mark.parametrize(("name", "layer", "kind"), [("model.layers.2", 2, "resid_post"), ("blocks.0.hook_resid_pre", 0, "resid_pre"), ("model.language_model.layers.7.output", 7, "resid_post"), ("transformer.h.3", 3, "resid_post"), ("blocks.5.hook_mlp_out", 5, "mlp_out")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "layer", "kind"),
+    [
+        ("model.layers.2", 2, "resid_post"),
+        ("blocks.0.hook_resid_pre", 0, "resid_pre"),
+        ("model.language_model.layers.7.output", 7, "resid_post"),
+        ("transformer.h.3", 3, "resid_post"),
+        ("blocks.5.hook_mlp_out", 5, "mlp_out"),
+    ],
+)
 def test_hook_names(name: str, layer: int, kind: str) -> None:
     site = parse_hook(name)
     assert (site.layer, site.kind) == (layer, kind)
