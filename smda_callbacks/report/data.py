@@ -11,10 +11,9 @@ import numpy as np
 
 from smda_callbacks.maths.account import mean_by_group
 from smda_callbacks.maths.gaps import gap_table
-from smda_callbacks.maths.uncertainty import above_floor, step_floor, total_floor
+from smda_callbacks.maths.uncertainty import step_floor, total_floor
 from smda_callbacks.records import (
     FEATURE_ROWS,
-    PATHWAYS,
     ROWS,
     Alert,
     Array,
@@ -25,7 +24,6 @@ from smda_callbacks.records import (
     RunEnd,
     WindowRecord,
 )
-from smda_callbacks.report.markup import token
 from smda_callbacks.sinks.store_reader import RunStore
 
 #: A shift counts as above its noise floor when it is more than so many times as large.
@@ -143,30 +141,6 @@ class RunAccount:
         return total
 
 
-@dataclass(frozen=True)
-class FeatureShift:
-    """What a run did to one feature's coefficient: ``shifts`` over PATHWAYS sum to ``end - start``.
-
-    ``above``: part -> whether the shift is above its noise floor; empty where the floor was not measured.
-    """
-
-    place: int
-    feature: int
-    start: float
-    end: float
-    shifts: Mapping[str, float]
-    above: Mapping[str, bool]
-
-    @property
-    def total(self) -> float:
-        return self.end - self.start
-
-    @property
-    def any_above(self) -> bool:
-        """Above the floor in some part, or not known to be below it."""
-        return not self.above or any(self.above.values())
-
-
 def run_account(data: RunData) -> RunAccount:
     """Sum the accounts of all booked windows; zeros before the first."""
     categories, (features, behaviours) = len(data.categories), data.policy.coef.shape
@@ -180,64 +154,10 @@ def run_account(data: RunData) -> RunAccount:
     return RunAccount(rows, by_feature)
 
 
-def cumulative_shifts(data: RunData) -> dict[str, Array]:
-    """Part of PATHWAYS -> shift since the start, ``[record, feature, behaviour]``; zero at the baseline."""
-    zero = np.zeros_like(data.policy.coef)
-    return {part: np.cumsum([zero, *(window.shift[part] for window in data.ok)], axis=0) for part in PATHWAYS}
-
-
-def shift_floors(data: RunData) -> dict[str, Array] | None:
-    """Part -> noise floor of :func:`cumulative_shifts`, same shape: the windows' floors as independent noise.
-
-    None where the noise was not measured.
-    """
-    noise = data.noise
-    if noise is None:
-        return None
-    return {part: _accumulated(data, noise, noise.random[part], noise.rounding[part]) for part in PATHWAYS}
-
-
 def behaviour_floors(data: RunData) -> Array | None:
     """Noise floor of the change of :attr:`RunData.means` since the start, ``[record, category, behaviour]``."""
     noise = data.noise
-    return None if noise is None else _accumulated(data, noise, noise.behaviour_random, noise.behaviour_rounding)
-
-
-def norms(values: Array, behaviour: int) -> Array:
-    """L2 norm over features of ``[record, feature, behaviour]``: ``[record]``."""
-    result: Array = np.linalg.norm(values[:, :, behaviour], axis=1)
-    return result
-
-
-def feature_shifts(data: RunData, behaviour: int) -> list[FeatureShift]:
-    """All features, those above the noise floor first, by the size of the coefficient's change."""
-    shifts, floors = cumulative_shifts(data), shift_floors(data)
-    start, end = _coef(data.records[0]), _coef(data.records[-1])
-    above = {
-        part: above_floor(shifts[part][-1], floor[-1], TIMES) & (len(data.ok) > 0)
-        for part, floor in (floors or {}).items()
-    }
-    found = [
-        FeatureShift(
-            j,
-            int(feature),
-            float(start[j, behaviour]),
-            float(end[j, behaviour]),
-            {part: float(values[-1, j, behaviour]) for part, values in shifts.items()},
-            {part: bool(values[j, behaviour]) for part, values in above.items()},
-        )
-        for j, feature in enumerate(data.policy.features)
-    ]
-    return sorted(found, key=lambda each: (not each.any_above, -abs(each.total)))
-
-
-def feature_name(data: RunData, feature: int) -> str:
-    """A short name of a feature for axes and tables: its SAE index, then its label or the tokens that it promotes."""
-    known = data.labels.get(feature)
-    if known is None:
-        return str(feature)
-    text = known.label or " ".join(token(each) for each in known.promoted[:2])
-    return f"{feature} {_shortened(' '.join(text.split()), 26)}".strip()
+    return None if noise is None else accumulated_floor(data, noise, noise.behaviour_random, noise.behaviour_rounding)
 
 
 def gaps_now(data: RunData) -> list[Mapping[str, Any]]:
@@ -250,7 +170,7 @@ def gaps_now(data: RunData) -> list[Mapping[str, Any]]:
         record.snapshot.y,
         record.snapshot.x,
         scale=data.policy.scale,
-        coef=_coef(record),
+        coef=coef_of(record),
         intercept=np.asarray(record.intercept),
         groups=data.store.groups,
         categories=data.categories,
@@ -274,7 +194,8 @@ def missed(data: RunData) -> tuple[list[int], list[int]]:
     return [step for step, _ in checked], [step for step, value in checked if value > 1]
 
 
-def _accumulated(data: RunData, noise: NoiseFloor, random: Array, rounding: Array) -> Array:
+def accumulated_floor(data: RunData, noise: NoiseFloor, random: Array, rounding: Array) -> Array:
+    """Noise floor of a change since the start, ``[record, ...]``, from the floors ``[...]`` of a single update."""
     floors = [np.zeros_like(random)]
     for window in data.ok:
         step = step_floor(random, rounding, window.update_rms / noise.update_rms)
@@ -288,11 +209,8 @@ def _y(record: WindowRecord) -> Array:
     return record.snapshot.y
 
 
-def _coef(record: WindowRecord) -> Array:
+def coef_of(record: WindowRecord) -> Array:
+    """Coefficients of an ok record, ``[feature, behaviour]``."""
     if record.coef is None:
         raise ValueError(f"the record of step {record.step} is ok but has no coefficients; ok records carry them.")
     return record.coef
-
-
-def _shortened(text: str, longest: int) -> str:
-    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"

@@ -67,29 +67,31 @@ def figure(traces: Sequence[Any], *, height: int, **layout: Any) -> go.Figure:
 
 def style(found: go.Figure, *, height: int, **layout: Any) -> go.Figure:
     """Put the report's style on a figure; ``layout`` goes before it."""
+    found.layout.template = go.layout.Template()  # the default one is large and has colours of its own
     found.update_layout(
-        template={},
         height=height,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": FONT, "size": 13, "color": INK},
-        margin={"l": 8, "r": 12, "t": 16, "b": 8},
+        margin={"l": 8, "r": 12, "t": 34, "b": 8},
         hoverlabel={"bgcolor": PAPER, "bordercolor": MUTED, "font": {"color": INK, "family": FONT, "size": 13}},
         legend={"bgcolor": "rgba(0,0,0,0)", "font": {"size": 12}},
         hovermode="closest",
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": INK},
         dragmode="zoom",
         bargap=0.3,
     )
-    lines = {"gridcolor": GRID, "zerolinecolor": MUTED, "linecolor": MUTED, "automargin": True}
+    lines = {"gridcolor": GRID, "zerolinecolor": MUTED, "linecolor": MUTED, "automargin": True, "title_font_size": 13}
     found.update_xaxes(**lines, showgrid=True, zeroline=False, ticks="outside", tickcolor=MUTED)
     found.update_yaxes(**lines, showgrid=True, zeroline=False)
     found.update_layout(**layout)
     return found
 
 
-def step_axis(**settings: Any) -> dict[str, Any]:
-    """An x axis of optimizer steps."""
-    return {"title": {"text": "optimizer step"}, "tickformat": "d", "rangemode": "normal", **settings}
+def step_axis(steps: Sequence[int]) -> dict[str, Any]:
+    """An x axis of optimizer steps; whole numbers only, however few there are."""
+    few = {"dtick": 1} if steps[-1] - steps[0] < 6 else {}
+    return {"title": {"text": "optimizer step"}, "tickformat": "d", **few}
 
 
 def names_axis(names: Sequence[str], **settings: Any) -> dict[str, Any]:

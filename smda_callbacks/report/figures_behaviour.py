@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +25,8 @@ def category_lines(data: RunData, behaviour: int) -> go.Figure:
     ]
     return f.figure(
         traces,
-        height=max(420, 90 + 19 * len(traces)),
-        xaxis=f.step_axis(),
+        height=max(420, 120 + 19 * len(traces)),
+        xaxis=f.step_axis(data.steps),
         yaxis={"title": {"text": axis_title(data, behaviour)}, **_range(data)},
         shapes=f.unbooked_marks(data.windows),
         legend={"traceorder": "normal", "itemwidth": 30, "tracegroupgap": 0, "font": {"size": 12}},
@@ -82,7 +83,8 @@ def change_arrows(data: RunData, behaviour: int) -> go.Figure:
     hover = _change_hover(names, start, end, limit)
     traces: list[Any] = [] if limit is None else [_floor_bars(names, start, limit)]
     traces += [_arrow(names, start, end, rising) for rising in (False, True)]
-    traces.append(_points("start", names, start, hover, {"symbol": "circle-open", "size": 10, "color": f.INK}))
+    ring = {"symbol": "circle", "size": 10, "color": f.PAPER, "line": {"width": 1.8, "color": f.INK}}
+    traces.append(_points("start", names, start, hover, ring))
     colours = [f.RISE if rising else f.FALL for rising in end >= start]
     traces.append(_points("end", names, end, hover, {"symbol": "circle", "size": 11, "color": colours}))
     return f.figure(
@@ -119,9 +121,7 @@ def _arrow(names: list[str], start: np.ndarray, end: np.ndarray, rising: bool) -
     return go.Scatter(x=x, y=y, mode="lines", line=line, name="rise" if rising else "fall", hoverinfo="skip")
 
 
-def _points(
-    name: str, names: list[str], at: np.ndarray, hover: list[str], marker: dict[str, Any]
-) -> go.Scatter:
+def _points(name: str, names: list[str], at: np.ndarray, hover: list[str], marker: dict[str, Any]) -> go.Scatter:
     shown = {"showlegend": name == "start"}  # the end has the colour of its line
     return go.Scatter(
         x=f.values(at), y=names, mode="markers", name=name, marker=marker, hovertext=hover, hoverinfo="text", **shown
@@ -142,36 +142,60 @@ def _change_hover(names: list[str], start: np.ndarray, end: np.ndarray, limit: n
 
 
 def waterfall(bars: Sequence[Bar], unit: str) -> go.Figure:
-    """Bars from start to end, each beginning where the one before it stopped."""
+    """Diamonds for start and end, and bars between them that each begin where the one before stopped."""
     names = [f.safe(bar.label) for bar in bars]
     tops = _running(bars)
-    bases = [0.0 if bar.kind in ("start", "end") else top - bar.value for bar, top in zip(bars, tops, strict=True)]
-    texts = [fixed(bar.value, 3) if bar.kind in ("start", "end") else signed(bar.value, 3) for bar in bars]
-    edges = [*tops, *bases]
-    room = 0.12 * ((max(edges) - min(edges)) or 1.0)
-    trace = go.Bar(
-        y=names,
-        x=[bar.value for bar in bars],
-        base=bases,
-        orientation="h",
-        marker={
-            "color": [_bar_colour(bar) for bar in bars],
-            "pattern": {"shape": ["/" if bar.kind == "residual" else "" for bar in bars], "fgcolor": f.PAPER},
-            "line": {"width": 0},
-        },
-        text=texts,
-        textposition="outside",
-        cliponaxis=False,
-        hovertext=[f"<b>{name}</b><br>{text}" for name, text in zip(names, texts, strict=True)],
-        hoverinfo="text",
-    )
+    room = 0.16 * (max(tops) - min(tops)) or 0.05
+    decimals = _decimals(bars)
+    inner = list(zip(bars, names, tops, strict=True))[1:-1]
     return f.figure(
-        [trace],
-        height=90 + 27 * len(bars),
-        xaxis={"title": {"text": unit}, "range": [min(edges) - room, max(edges) + room], "zeroline": True},
+        [*(_change_bar(*each, decimals) for each in inner), _ends(bars, names, decimals)],
+        height=100 + 27 * len(bars),
+        xaxis={"title": {"text": unit}, "range": [min(tops) - room, max(tops) + room]},
         yaxis=f.names_axis(names),
         shapes=_connectors(tops),
+        barmode="overlay",
         showlegend=False,
+    )
+
+
+def _decimals(bars: Sequence[Bar]) -> int:
+    """Three, or as many as the largest change needs for two digits."""
+    largest = max(abs(bar.value) for bar in bars if bar.kind not in ("start", "end"))
+    return max(3, 1 - math.floor(math.log10(largest))) if largest > 0 else 3
+
+
+def _change_bar(bar: Bar, name: str, top: float, decimals: int) -> go.Bar:
+    colour = f.RISE if bar.value >= 0 else f.FALL
+    marker: dict[str, Any] = {"color": colour, "line": {"width": 0}}
+    if bar.kind == "residual":
+        marker["pattern"] = {"shape": "/", "bgcolor": colour, "fgcolor": f.PAPER}
+    return go.Bar(
+        y=[name],
+        x=[bar.value],
+        base=[top - bar.value],
+        orientation="h",
+        marker=marker,
+        text=[signed(bar.value, decimals)],
+        textposition="outside",
+        cliponaxis=False,
+        hovertext=[f"<b>{name}</b><br>{signed(bar.value, decimals + 1)}"],
+        hoverinfo="text",
+    )
+
+
+def _ends(bars: Sequence[Bar], names: list[str], decimals: int) -> go.Scatter:
+    texts = [fixed(bar.value, decimals) for bar in (bars[0], bars[-1])]
+    return go.Scatter(
+        x=[bars[0].value, bars[-1].value],
+        y=[names[0], names[-1]],
+        mode="markers+text",
+        marker={"symbol": "diamond", "size": 13, "color": f.INK},
+        text=[f"<b>{text}</b>  " for text in texts],
+        textposition="middle left",
+        cliponaxis=False,
+        hovertext=[f"<b>{name}</b><br>{text}" for name, text in zip((names[0], names[-1]), texts, strict=True)],
+        hoverinfo="text",
     )
 
 
@@ -190,12 +214,6 @@ def _connectors(tops: list[float]) -> list[dict[str, Any]]:
         {"type": "line", "x0": top, "x1": top, "y0": place - 0.35, "y1": place + 1.35, "line": line, "layer": "below"}
         for place, top in enumerate(tops[:-1])
     ]
-
-
-def _bar_colour(bar: Bar) -> str:
-    if bar.kind in ("start", "end"):
-        return f.MUTED
-    return f.RISE if bar.value >= 0 else f.FALL
 
 
 def category_title(data: RunData, category: int) -> str:

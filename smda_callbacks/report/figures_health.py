@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from smda_callbacks.report import figures as f
 from smda_callbacks.report.data import RunData
 
-_TITLES = ("FVU", "delta-FVU", "L0", "Jaccard")
+_TICKS = [a * 10**b for b in range(-4, 6) for a in (1, 3)]
+_TITLES = ("FVU", "", "L0", "Jaccard")  # the legend stands above delta-FVU
 
 
 def sae_health(data: RunData) -> go.Figure:
@@ -21,22 +23,24 @@ def sae_health(data: RunData) -> go.Figure:
     found.add_trace(_line(data, "l0", "L0", f.BLUE), row=2, col=1)
     found.add_trace(_line(data, "jaccard", "Jaccard", f.BLUE), row=2, col=2)
     _label_axes(found)
+    found.update_xaxes(f.step_axis(data.steps))
+    found.update_xaxes(title={"text": ""}, row=1)
+    found.update_annotations(font={"size": 13, "color": f.INK})
     start = data.store.baseline.health
     if start is not None:
         found.add_shape(f.line_at(start.fvu), row=1, col=1)
     found.add_shape(f.line_at(1.0), row=1, col=2)
     found.update_layout(
         margin={"t": 34},
-        legend={"x": 1, "xanchor": "right", "y": 0.98, "yanchor": "top", "bgcolor": f.PAPER},
+        legend={"orientation": "h", "x": 0.56, "xanchor": "left", "y": 1.0, "yanchor": "bottom"},
     )
     return found
 
 
 def _label_axes(found: go.Figure) -> None:
-    found.update_xaxes(f.step_axis())
-    found.update_xaxes(title={"text": ""}, row=1)
     found.update_yaxes(title={"text": "share of variance missed"}, rangemode="tozero", row=1, col=1)
-    found.update_yaxes(title={"text": "share of change missed"}, type="log", dtick="D2", row=1, col=2)
+    log = {"type": "log", "tickvals": _TICKS, "tickformat": "~g"}
+    found.update_yaxes(title={"text": "share of change missed"}, **log, row=1, col=2)
     found.update_yaxes(title={"text": "active features"}, rangemode="tozero", row=2, col=1)
     found.update_yaxes(title={"text": "overlap with the start"}, range=[0, 1.05], row=2, col=2)
 
@@ -62,8 +66,10 @@ def _line(data: RunData, field: str, name: str, colour: str) -> go.Scatter:
 def cost_bars(data: RunData) -> go.Figure:
     """Wall time of every window's measurement."""
     colours = {"ok": f.BLUE, "not_finite": f.PINK, "failed": f.VERMILLION}
+    width = 0.7 * float(np.median(np.diff([data.steps[0], *(window.step for window in data.windows)])))
     traces = [
         go.Bar(
+            width=width,
             x=[window.step for window in data.windows if window.status == status],
             y=[window.seconds for window in data.windows if window.status == status],
             name=status,
@@ -77,7 +83,7 @@ def cost_bars(data: RunData) -> go.Figure:
         traces,
         height=260,
         barmode="overlay",
-        xaxis=f.step_axis(),
+        xaxis=f.step_axis(data.steps),
         yaxis={"title": {"text": "measurement (s)"}, "rangemode": "tozero"},
         showlegend=len(traces) > 1,
     )

@@ -10,8 +10,9 @@ from plotly.subplots import make_subplots
 
 from smda_callbacks.records import PATHWAYS, Array
 from smda_callbacks.report import figures as f
-from smda_callbacks.report.data import FeatureShift, RunData, cumulative_shifts, feature_name, norms, shift_floors
+from smda_callbacks.report.data import RunData
 from smda_callbacks.report.markup import signed
+from smda_callbacks.report.shifts import FeatureShift, cumulative_shifts, feature_name, norms, shift_floors
 
 COEF_UNIT = "per standard deviation of the feature"
 
@@ -27,8 +28,8 @@ def pathway_norms(data: RunData, behaviour: int) -> go.Figure:
     return f.figure(
         traces,
         height=400,
-        xaxis=f.step_axis(),
-        yaxis={"title": {"text": f"shift since the start, L2 norm<br>({data.unit} {COEF_UNIT})"}, "rangemode": "tozero"},
+        xaxis=f.step_axis(data.steps),
+        yaxis={"title": {"text": f"L2 norm of the shift<br>({data.unit} {COEF_UNIT})"}, "rangemode": "tozero"},
         shapes=f.unbooked_marks(data.windows),
         legend=_legend_on_top(),
     )
@@ -54,12 +55,12 @@ def window_trust(data: RunData) -> go.Figure:
     for part in PATHWAYS:
         points = f.values(window.reliability.get(part) for window in data.ok)
         found.add_trace(_small_line(steps, points, f.PART_NAMES[part], f.PART_COLOURS[part]), row=1, col=1)
-    errors = f.values(window.first_order_error for window in data.ok)
-    found.add_trace(_small_line(steps, errors, "first-order error", f.INK), row=1, col=2)
+    errors = _small_line(steps, f.values(window.first_order_error for window in data.ok), "first-order error", f.INK)
+    found.add_trace(errors.update(showlegend=False), row=1, col=2)
     f.style(found, height=290, legend=_legend_on_top())
-    found.update_xaxes(f.step_axis())
+    found.update_xaxes(f.step_axis(data.steps))
     found.update_yaxes(title={"text": "reliability (correlation)"}, range=[-1.05, 1.05], zeroline=True, row=1, col=1)
-    found.update_yaxes(title={"text": "error (share of the exact shift)"}, rangemode="tozero", row=1, col=2)
+    found.update_yaxes(title={"text": "error (share of the shift)"}, rangemode="tozero", row=1, col=2)
     return found
 
 
@@ -78,7 +79,7 @@ def _small_line(steps: list[int], points: list[float | None], name: str, colour:
 def feature_bars(data: RunData, shifts: Sequence[FeatureShift]) -> go.Figure:
     """Shift of each feature's coefficient over the run, by part; parts below their noise floor are pale."""
     names = [f.safe(feature_name(data, each.feature)) for each in shifts]
-    traces: list[Any] = [_part_bars(names, shifts, part) for part in PATHWAYS]
+    traces: list[Any] = [_part_bars(names, shifts, part, strong) for part in PATHWAYS for strong in (True, False)]
     traces.append(
         go.Scatter(
             x=[each.total for each in shifts],
@@ -100,18 +101,21 @@ def feature_bars(data: RunData, shifts: Sequence[FeatureShift]) -> go.Figure:
     )
 
 
-def _part_bars(names: list[str], shifts: Sequence[FeatureShift], part: str) -> go.Bar:
-    above = [each.above.get(part, True) for each in shifts]
-    notes = ["" if strong else "<br>below its noise floor" for strong in above]
+def _part_bars(names: list[str], shifts: Sequence[FeatureShift], part: str, strong: bool) -> go.Bar:
+    """The bars of the features whose ``part`` is above its noise floor, or those of the others."""
+    note = "" if strong else "<br>below its noise floor"
     return go.Bar(
         y=names,
-        x=[each.shifts[part] for each in shifts],
+        x=[each.shifts[part] if each.above.get(part, True) == strong else None for each in shifts],
         orientation="h",
         name=f.PART_NAMES[part],
-        marker={"color": f.PART_COLOURS[part], "opacity": [1.0 if strong else 0.28 for strong in above]},
+        legendgroup=part,
+        showlegend=strong,
+        marker={"color": f.PART_COLOURS[part], "line": {"width": 0}},
+        opacity=1.0 if strong else 0.28,
         hovertext=[
             f"<b>{name}</b><br>{f.PART_NAMES[part]} {signed(each.shifts[part], 4)}{note}"
-            for name, each, note in zip(names, shifts, notes, strict=True)
+            for name, each in zip(names, shifts, strict=True)
         ],
         hoverinfo="text",
     )
@@ -135,7 +139,7 @@ def lam_grid(data: RunData) -> go.Figure:
         [trace],
         height=300,
         xaxis={"type": "log", "title": {"text": "λ (penalty on a sum of squares)"}, "exponentformat": "power"},
-        yaxis={"title": {"text": "leave-one-out mean squared error"}},
+        yaxis={"title": {"text": "leave-one-out error (MSE)"}},
         shapes=[mark],
         showlegend=False,
     )

@@ -8,13 +8,14 @@ from typing import Any
 from smda_callbacks.report import tables
 from smda_callbacks.report.data import RunData, missed
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, signed
-from smda_callbacks.report.verdict import verdict, worst_category
+from smda_callbacks.report.verdict import probes_to, verdict, worst_category
 
 
 def head(data: RunData, behaviour: int) -> Html:
     """The first section, for one behaviour."""
     first, *others = verdict(data, behaviour)
     return join([
+        element("p", _origin(data), class_="origin"),
         element("p", first, class_="lead"),
         tiles(data, behaviour),
         element("ul", *(element("li", each) for each in others), class_="verdict"),
@@ -26,26 +27,33 @@ def head(data: RunData, behaviour: int) -> Html:
     ])  # fmt: skip
 
 
+def _origin(data: RunData) -> str:
+    manifest, policy = data.store.manifest, data.policy
+    model = _mapping(manifest.get("model")).get("id") or policy.model_id
+    sae = _mapping(manifest.get("sae")).get("id") or policy.sae_id
+    return f"Run {_text(manifest.get('run_id'))} · model {_text(model)} · SAE {_text(sae)}"
+
+
 def tiles(data: RunData, behaviour: int) -> Html:
     """A few numbers at a glance."""
     found = [
-        _change_tile(f"probes to {group}", float(means[0, behaviour]), float(means[-1, behaviour]))
+        _change_tile(probes_to(group), float(means[0, behaviour]), float(means[-1, behaviour]), data.unit)
         for group, means in data.group_means.items()
     ]
     if data.ok:
         worst = worst_category(data, behaviour)
         start, end = (float(data.means[record, worst, behaviour]) for record in (0, -1))
-        found.append(_change_tile(f"worst: {data.categories[worst]}", start, end))
+        found.append(_change_tile(f"worst: {data.categories[worst]}", start, end, data.unit))
     quality = data.policy.quality[behaviour]
-    found.append(_tile("policy R²", fixed(quality.r2_loo), f"leave-one-out; in sample {fixed(quality.r2)}"))
+    found.append(_tile("policy R², leave-one-out", fixed(quality.r2_loo), f"{fixed(quality.r2)} in sample"))
     checked, bad = missed(data)
     if checked:
         found.append(_tile("delta-FVU above 1", f"{len(bad)} of {len(checked)}", "windows, at fixed gates"))
     return element("div", *found, class_="tiles")
 
 
-def _change_tile(title: str, start: float, end: float) -> Html:
-    return _tile(title, f"{fixed(start)} → {fixed(end)}", signed(end - start))
+def _change_tile(title: str, start: float, end: float, unit: str) -> Html:
+    return _tile(title, f"{fixed(start)} → {fixed(end)}", f"{signed(end - start)} ({unit})")
 
 
 def _tile(title: str, value: str, note: str) -> Html:
@@ -69,7 +77,7 @@ def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
         ("SAE", f"{_text(sae.get('id') or policy.sae_id)} ({_text(sae.get('architecture'))}, "
                 f"{_text(sae.get('d_sae'))} features, at {_text(sae.get('hook_name'))})"),
         ("policy R²", f"{fixed(quality.r2)} in sample, {fixed(quality.r2_loo)} leave-one-out, "
-                      f"{fixed(quality.r2_cv)} in 10-fold cross-validation"),
+                      f"10-fold {'not computed' if quality.r2_cv is None else fixed(quality.r2_cv)}"),
         ("policy", f"{count(len(policy.features), 'feature')}, λ = {number(policy.lam)}, "
                    f"{number(policy.edf)} effective degrees of freedom, condition {number(policy.condition, 2)}"),
         ("probes", f"{len(data.probes)} in {count(len(data.categories), 'category', 'categories')}"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from html import escape
 from typing import Any
 
@@ -36,11 +36,14 @@ def join(children: Iterable[object], between: object = "") -> Html:
     return Html(_escaped(between).join(_escaped(child) for child in children if child is not None))
 
 
-def table(head: Iterable[object], rows: Iterable[Html], caption: object = None) -> Html:
-    """A table that scrolls sideways where it is too wide. ``rows`` are ``tr`` elements."""
-    titles = element("thead", element("tr", *(element("th", title, scope="col") for title in head)))
-    label = None if caption is None else element("caption", caption)
-    return element("div", element("table", label, titles, element("tbody", *rows)), class_="scroll")
+def table(head: Iterable[str], rows: Iterable[Html], numeric: Container[str] = ()) -> Html:
+    """A table that scrolls sideways where it is too wide.
+
+    ``rows`` are ``tr`` elements; ``numeric`` says which columns of ``head`` hold numbers.
+    """
+    titles = (element("th", each, scope="col", class_="number" if each in numeric else None) for each in head)
+    content = element("table", element("thead", element("tr", *titles)), element("tbody", *rows))
+    return element("div", content, class_="scroll")
 
 
 def script_json(value: Any) -> Html:
@@ -80,7 +83,7 @@ def percent(share: float | None) -> str:
     """A share of 1 as whole per cent; one decimal under 10 %."""
     if share is None or not math.isfinite(share):
         return NONE
-    return f"{fixed(100 * share, 1 if 0 < abs(share) < 0.0995 else 0)} %"
+    return f"{fixed(100 * share, 1 if 0 < abs(share) < 0.0995 else 0)}\u00a0%"
 
 
 def token(text: str) -> str:

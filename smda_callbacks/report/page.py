@@ -69,7 +69,7 @@ def _bar(data: RunData) -> Html:
     """The bar on top: where to go, which behaviour, which theme."""
     links = [element("a", each.short, href=f"#{each.name}") for each in SECTIONS]
     options = [element("option", name, value=number) for number, name in enumerate(data.behaviours)]
-    chooser = element("label", "behaviour ", element("select", *options, id="behaviour"))
+    chooser = element("label", "behaviour ", element("select", *options, id="chosen-behaviour"))
     button = element("button", "dark / light", id="theme", type="button", title="Switch between dark and light")
     return element("nav", *links, element("span", class_="space"), chooser if len(options) > 1 else None, button)
 

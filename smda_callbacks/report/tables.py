@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from smda_callbacks.records import PATHWAYS, FeatureLabel
-from smda_callbacks.report.data import FeatureShift, RunData, feature_name
+from smda_callbacks.report.data import RunData
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, percent, signed, table, token
+from smda_callbacks.report.shifts import FeatureShift, feature_name
 
 #: Rows of the feature table that are shown at once, and at all.
 SHOWN, MOST = 20, 200
@@ -32,9 +33,9 @@ def feature_table(data: RunData, shifts: Sequence[FeatureShift]) -> Html:
 
 
 def _feature_rows(data: RunData, shifts: Iterable[FeatureShift]) -> Html:
-    head = ["feature", "label, promoted tokens", "most active probes", "start", "end"]
-    head += [PART_NAMES[part] for part in PATHWAYS] + ["sum"]
-    return table(head, [_feature_row(data, each) for each in shifts])
+    numeric = ["start", "end", *(PART_NAMES[part] for part in PATHWAYS), "sum"]
+    head = ["feature", "label, promoted tokens", "most active probes", *numeric]
+    return table(head, [_feature_row(data, each) for each in shifts], numeric)
 
 
 def _feature_row(data: RunData, shift: FeatureShift) -> Html:
@@ -61,11 +62,14 @@ def _label_cell(label: FeatureLabel | None) -> list[Html]:
     if label is None:
         return [Html(NONE)]
     cells = [element("div", label.label)] if label.label else []
-    for sign, tokens in (("+", label.promoted), ("−", label.suppressed)):
-        if tokens:
-            chips = (element("code", token(each)) for each in tokens)
-            cells.append(element("div", element("span", sign, class_="quiet"), " ", join(chips, " "), class_="tokens"))
+    if label.promoted:
+        suppressed = element("div", element("span", "suppressed: ", class_="quiet"), _chips(label.suppressed))
+        cells.append(element("details", element("summary", _chips(label.promoted)), suppressed, class_="tokens"))
     return cells or [Html(NONE)]
+
+
+def _chips(tokens: Iterable[str]) -> Html:
+    return join((element("code", token(each)) for each in tokens), " ")
 
 
 def _probes_cell(data: RunData, label: FeatureLabel | None) -> Html:
@@ -83,14 +87,15 @@ def _probes_cell(data: RunData, label: FeatureLabel | None) -> Html:
 
 def gap_table(data: RunData, gaps: Iterable[Mapping[str, Any]]) -> Html:
     """One row per category, gaps marked; worst first, as they come."""
-    head = ["category", "expected", "n", "mean", "predicted", "residual", "shortfall", "gap", "pulling away", "unshared"]
-    return table(head, [_gap_row(data, gap) for gap in gaps])
+    numbers = ["n", "mean", "predicted", "residual", "shortfall"]
+    head = ["category", "expected", *numbers, "gap", "pulling away", "unshared"]
+    return table(head, [_gap_row(data, gap) for gap in gaps], {*numbers, "unshared"})
 
 
 def _gap_row(data: RunData, gap: Mapping[str, Any]) -> Html:
     numbers = [fixed(gap["mean"]), fixed(gap["predicted"]), signed(gap["residual"]), fixed(gap["shortfall"])]
     pulling = [
-        element("li", feature_name(data, int(feature)), " ", element("i", signed(value, 3)))
+        element("div", feature_name(data, int(feature)), " ", element("i", signed(value, 3)))
         for feature, value in gap["pulling"]
     ]
     cells = [
@@ -98,22 +103,21 @@ def _gap_row(data: RunData, gap: Mapping[str, Any]) -> Html:
         element("td", gap["expected"]),
         _number_cell(str(gap["n_probes"])),
         *(_number_cell(text) for text in numbers),
-        element("td", element("b", _SIGNS.get(gap["reason"], gap["reason"]))) if gap["is_gap"] else element("td", NONE),
-        element("td", _folded(pulling)),
+        element("td", element("b", _SIGNS.get(gap["reason"])) if gap["is_gap"] else NONE, class_="tight"),
+        element("td", _folded(pulling), class_="tight"),
         _number_cell(percent(gap["unshared"])),
     ]
     return element("tr", *cells, class_="gap" if gap["is_gap"] else None)
 
 
-def _folded(items: Sequence[Html], shown: int = 1) -> Html:
-    """A list of which all but the first items are folded away."""
+def _folded(items: Sequence[Html]) -> Html:
+    """Items of which all but the first are folded away."""
     if not items:
         return Html(NONE)
-    first = element("ul", *items[:shown], class_="plain")
-    if len(items) <= shown:
-        return first
-    more = element("details", element("summary", f"{len(items) - shown} more"), element("ul", *items[shown:]))
-    return element("div", first, more, class_="folded")
+    if len(items) == 1:
+        return items[0]
+    more = element("span", f" +{len(items) - 1}", class_="quiet")
+    return element("details", element("summary", items[0], more), *items[1:])
 
 
 def quality_table(data: RunData, behaviour: int) -> Html:
@@ -125,7 +129,7 @@ def quality_table(data: RunData, behaviour: int) -> Html:
         cells = [_number_cell(fixed(figures.get(key))) for key in keys]
         expected = element("td", data.expected.get(name, NONE))
         rows.append(element("tr", element("th", name, scope="row"), expected, *cells))
-    return table(head, rows)
+    return table(head, rows, head[2:])
 
 
 def alert_list(data: RunData, shown: int = 8) -> Html:

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from smda_callbacks.records import FEATURE_ROWS, PATHWAYS
-from smda_callbacks.report.data import (
-    TIMES,
-    RunData,
-    behaviour_floors,
-    cumulative_shifts,
-    missed,
-    norms,
-    shift_floors,
-)
+from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, Array
+from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, missed
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import count, fixed, number, percent, signed
+from smda_callbacks.report.shifts import cumulative_shifts, norms, shift_floors
+from smda_callbacks.report.waterfall import most_changed
 
 #: Smaller changes of a mean are said to be none.
 STILL = 0.005
@@ -25,15 +19,26 @@ def verdict(data: RunData, behaviour: int) -> list[str]:
     """Sentences on one behaviour, in reading order: groups, worst category, what carried it, noise, SAE."""
     if not data.ok:
         return [f"Nothing has been booked yet. {_levels(data, behaviour)}", state(data)]
-    category = worst_category(data, behaviour)
     return [
         groups_sentence(data, behaviour),
-        worst_sentence(data, behaviour, category),
-        carried_sentence(data, behaviour, category),
+        *_category_sentences(data, behaviour),
         noise_sentence(data, behaviour),
+        reliability_sentence(data),
         sae_sentence(data),
         state(data),
     ]
+
+
+def _category_sentences(data: RunData, behaviour: int) -> list[str]:
+    """The worst category, if any went wrong, and the account of it; else of the one that changed most."""
+    category = worst_category(data, behaviour)
+    if wrong_way(data, behaviour)[category] >= STILL:
+        return [worst_sentence(data, behaviour, category), carried_sentence(data, behaviour, category)]
+    said = [f"No category moved away from what is expected of it by {STILL:g} or more."]
+    category = most_changed(data, behaviour)
+    if abs(data.means[-1, category, behaviour] - data.means[0, category, behaviour]) >= STILL:
+        said.append(carried_sentence(data, behaviour, category))
+    return said
 
 
 def groups_sentence(data: RunData, behaviour: int) -> str:
@@ -41,25 +46,33 @@ def groups_sentence(data: RunData, behaviour: int) -> str:
     parts = []
     for group, means in data.group_means.items():
         start, end = float(means[0, behaviour]), float(means[-1, behaviour])
-        parts.append(f"on probes to {group} it {_moved(start, end)}")
+        parts.append(f"on {probes_to(group)} it {_moved(start, end)}")
     name = data.behaviours[behaviour].capitalize()
     return f"{name} ({data.unit}), step {data.steps[0]} to {data.steps[-1]}: {'; '.join(parts)}."
 
 
-def worst_category(data: RunData, behaviour: int) -> int:
-    """The category that moved furthest away from what is expected of it: refuse fell, or comply rose."""
+def probes_to(group: str) -> str:
+    """``probes to refuse``, ``probes to comply with``."""
+    return "probes to refuse" if group == "refuse" else "probes to comply with"
+
+
+def wrong_way(data: RunData, behaviour: int) -> Array:
+    """How far each category moved away from what is expected of it (refuse fell, comply rose), ``[category]``."""
     change = data.means[-1, :, behaviour] - data.means[0, :, behaviour]
     signs = np.array([-1.0 if data.expected[name] == "refuse" else 1.0 for name in data.categories])
-    return int(np.argmax(signs * change))
+    moved: Array = signs * change
+    return moved
+
+
+def worst_category(data: RunData, behaviour: int) -> int:
+    """The category that moved furthest away from what is expected of it."""
+    return int(np.argmax(wrong_way(data, behaviour)))
 
 
 def worst_sentence(data: RunData, behaviour: int, category: int) -> str:
     """The worst category, and whether its change is above the noise floor."""
     name = data.categories[category]
     start, end = (float(data.means[record, category, behaviour]) for record in (0, -1))
-    wanted = end >= start if data.expected[name] == "refuse" else end <= start
-    if wanted:
-        return "No category moved away from what is expected of it."
     floors = behaviour_floors(data)
     note = "its noise floor was not measured"
     if floors is not None:
@@ -73,8 +86,6 @@ def carried_sentence(data: RunData, behaviour: int, category: int) -> str:
     """How much of a category's change the policy's features carry, and how much the policy cannot express."""
     rows = {row: float(values[category, behaviour]) for row, values in data.account.rows.items()}
     change = sum(rows.values())
-    if abs(change) < STILL:
-        return "There is no change of it to account for."
     parts = {
         "through the policy's features": sum(rows[row] for row in FEATURE_ROWS),
         "through the intercept": rows["intercept"],
@@ -89,15 +100,30 @@ def noise_sentence(data: RunData, behaviour: int) -> str:
     floors = shift_floors(data)
     if floors is None:
         return "The noise floor was not measured, so no shift can be told from noise."
-    shifts, said = cumulative_shifts(data), []
+    shifts = cumulative_shifts(data)
+    said: dict[bool, list[str]] = {True: [], False: []}
     for part in PATHWAYS:
         shift, floor = float(norms(shifts[part], behaviour)[-1]), float(norms(floors[part], behaviour)[-1])
-        if floor == 0:
-            said.append(f"{PART_NAMES[part]} has a floor of 0")
-            continue
-        word = "rises above it" if shift > TIMES * floor else "does not"
-        said.append(f"{PART_NAMES[part]} {word} ({number(shift / floor, 2)} times the floor)")
-    return f"Shift of the policy against its noise floor, above meaning {TIMES:g} times: {'; '.join(said)}."
+        # A floor may be as good as 0: nothing flipped in the random updates.
+        ratio = "over 1000" if shift > 1000 * floor else number(shift / floor, 2) if floor > 0 else "0"
+        said[shift > TIMES * floor].append(f"{PART_NAMES[part]} ({ratio} times)")
+    listed = {above: ", ".join(names) or "nothing" for above, names in said.items()}
+    return (
+        f"Shifts of the policy over the run that are above {TIMES:g} times their noise floor: {listed[True]}; "
+        f"not above: {listed[False]}."
+    )
+
+
+def reliability_sentence(data: RunData) -> str:
+    """Median over windows of the split-half reliability: above the floor and near 0 here is still not to be read."""
+    said = []
+    for part in PATHWAYS:
+        values = [value for window in data.ok if (value := window.reliability.get(part)) is not None]
+        said.append(f"{PART_NAMES[part]} {fixed(float(np.median(values)) if values else None)}")
+    return (
+        f"Reliability of a window's shift between two halves of the probes, in the median: {', '.join(said)}. Near 0, "
+        "which features shifted depends on the probes, whatever the noise floor says."
+    )
 
 
 def sae_sentence(data: RunData) -> str:
@@ -111,13 +137,13 @@ def sae_sentence(data: RunData) -> str:
         if window.health is not None and window.health.delta_fvu_magnitude is not None
     ]
     median = f"delta-FVU at fixed gates has a median of {fixed(float(np.median(values)))}"
-    of = count(len(checked), "window")
+    every = "the one window" if len(checked) == 1 else f"all {len(checked)} windows"
     if not bad:
-        return f"The SAE account is valid: {median} and stays at or below 1 in all {of} checked."
+        return f"The SAE account is valid: {median} and stays at or below 1 in {every} checked."
     if len(bad) == len(checked):
-        return f"The SAE account is not valid: {median} and is above 1 in all {of} checked. Do not read features."
+        return f"The SAE account is not valid: {median} and is above 1 in {every} checked. Do not read features."
     return (
-        f"The SAE account is valid in part: {median} but is above 1 in {len(bad)} of {of} checked; "
+        f"The SAE account is valid in part: {median} but is above 1 in {len(bad)} of {len(checked)} windows checked; "
         "do not read features there."
     )
 
@@ -132,7 +158,8 @@ def state(data: RunData) -> str:
     if data.end is None:
         last = data.windows[-1].step if data.windows else data.steps[0]
         return f"The run has no end record: it is in progress, or was stopped. Read up to step {last}.{note}"
-    return f"The run {'finished' if data.end.status == 'finished' else 'was interrupted'} at step {data.end.step}.{note}"
+    ended = "finished" if data.end.status == "finished" else "was interrupted"
+    return f"The run {ended} at step {data.end.step}.{note}"
 
 
 def warning(data: RunData) -> str | None:
@@ -141,18 +168,19 @@ def warning(data: RunData) -> str | None:
     if not bad:
         return None
     if len(bad) == len(checked):
-        return "Delta-FVU at fixed gates is above 1 in every window checked: the features below must not be read."
+        return (
+            "Features must not be read: in every window checked, delta-FVU at fixed gates is above 1. The SAE misses "
+            "more than all of the change."
+        )
     steps = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
-        f"Delta-FVU at fixed gates is above 1 in the windows that end at step {steps}: the features of these windows "
-        "must not be read, and sums over the run contain them."
+        f"In {len(bad)} of {count(len(checked), 'window')} checked, delta-FVU at fixed gates is above 1: the features "
+        f"of these windows must not be read, and sums over the run contain them. They end at step {steps}."
     )
 
 
 def _levels(data: RunData, behaviour: int) -> str:
-    parts = [
-        f"{fixed(float(means[-1, behaviour]))} on probes to {group}" for group, means in data.group_means.items()
-    ]
+    parts = [f"{fixed(float(means[-1, behaviour]))} on {probes_to(group)}" for group, means in data.group_means.items()]
     name = data.behaviours[behaviour].capitalize()
     return f"{name} ({data.unit}) at step {data.steps[0]} is {' and '.join(parts)}."
 

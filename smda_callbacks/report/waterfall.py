@@ -8,15 +8,16 @@ from typing import Literal
 import numpy as np
 
 from smda_callbacks.records import FEATURE_ROWS, ROWS
-from smda_callbacks.report.data import RunData, feature_name
+from smda_callbacks.report.data import RunData
 from smda_callbacks.report.figures import ROW_NAMES
+from smda_callbacks.report.shifts import feature_name
 
 Kind = Literal["start", "end", "feature", "others", "row", "intercept", "residual"]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: ``value`` is a mean for ``start`` and ``end``, else a change. ``start`` and all changes sum to ``end``."""
+    """One bar: ``value`` is a mean for ``start`` and ``end``, else a change; start and all changes sum to the end."""
 
     label: str
     value: float

@@ -3,7 +3,7 @@
   const { dark, figures } = JSON.parse(document.getElementById("figures").textContent);
   const root = document.documentElement;
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
   let printing = false;
   let chosen = remembered();
 
@@ -24,8 +24,12 @@
     layout.uirevision = key; // zoom and hidden lines survive a redraw
     if (printing) layout.width = 680;
     if (width < 640) {
-      layout.legend = { ...layout.legend, orientation: "h", x: 0, xanchor: "left", y: -0.25, yanchor: "top" };
-      layout.height += 120;
+      const room = 30 + 20 * data.filter((trace) => trace.showlegend !== false).length;
+      layout.legend = { ...layout.legend, orientation: "v", x: 0, xanchor: "left", y: 0, yanchor: "bottom", yref: "container" };
+      if (layout.showlegend !== false) {
+        layout.margin = { ...layout.margin, b: room };
+        layout.height += room;
+      }
     }
     return [data, layout];
   }
@@ -40,12 +44,6 @@
   }
 
   const boxes = [...document.querySelectorAll(".figure")];
-  const near = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      if (entry.isIntersecting && entry.target.dataset.drawn !== entry.target.dataset.figure) draw(entry.target);
-    }
-  }, { rootMargin: "600px" });
-
   function redraw(all) {
     root.dataset.theme = theme();
     for (const box of boxes) if (all || box.dataset.drawn) draw(box);
@@ -71,16 +69,25 @@
     choose(); // a browser may bring back an earlier choice
   }
 
-  const behaviour = document.getElementById("behaviour");
+  const behaviour = document.getElementById("chosen-behaviour");
   if (behaviour) {
     const show = () => {
       for (const part of document.querySelectorAll(".behaviour")) part.hidden = part.dataset.behaviour !== behaviour.value;
       for (const box of boxes) if (box.dataset.drawn) draw(box);
+      drawNext();
     };
     behaviour.addEventListener("change", show);
     show(); // a browser may bring back an earlier choice
   }
 
+  // One figure at a time, from the top, so that the page can be read and scrolled meanwhile.
+  function drawNext() {
+    const box = boxes.find((each) => !each.dataset.drawn && each.clientWidth);
+    if (!box) return;
+    setTimeout(drawNext); // before drawing: a figure that fails does not hold up the next
+    draw(box);
+  }
+
   root.dataset.theme = theme();
-  for (const box of boxes) near.observe(box);
+  drawNext();
 })();

@@ -1,0 +1,95 @@
+"""How the policy's coefficients shifted over a run, feature by feature, and what of it is above noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from smda_callbacks.maths.uncertainty import above_floor
+from smda_callbacks.records import PATHWAYS, Array
+from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, coef_of
+from smda_callbacks.report.markup import token
+
+
+@dataclass(frozen=True)
+class FeatureShift:
+    """What a run did to one feature's coefficient: ``shifts`` over PATHWAYS sum to ``end - start``.
+
+    ``above``: part -> whether the shift is above its noise floor; empty where the floor was not measured.
+    """
+
+    place: int
+    feature: int
+    start: float
+    end: float
+    shifts: Mapping[str, float]
+    above: Mapping[str, bool]
+
+    @property
+    def total(self) -> float:
+        return self.end - self.start
+
+    @property
+    def any_above(self) -> bool:
+        """Above the floor in some part, or not known to be below it."""
+        return not self.above or any(self.above.values())
+
+
+def cumulative_shifts(data: RunData) -> dict[str, Array]:
+    """Part of PATHWAYS -> shift since the start, ``[record, feature, behaviour]``; zero at the baseline."""
+    zero = np.zeros_like(data.policy.coef)
+    return {part: np.cumsum([zero, *(window.shift[part] for window in data.ok)], axis=0) for part in PATHWAYS}
+
+
+def shift_floors(data: RunData) -> dict[str, Array] | None:
+    """Part -> noise floor of :func:`cumulative_shifts`, same shape: the windows' floors as independent noise.
+
+    None where the noise was not measured.
+    """
+    noise = data.noise
+    if noise is None:
+        return None
+    return {part: accumulated_floor(data, noise, noise.random[part], noise.rounding[part]) for part in PATHWAYS}
+
+
+def norms(values: Array, behaviour: int) -> Array:
+    """L2 norm over features of ``[record, feature, behaviour]``: ``[record]``."""
+    result: Array = np.linalg.norm(values[:, :, behaviour], axis=1)
+    return result
+
+
+def feature_shifts(data: RunData, behaviour: int) -> list[FeatureShift]:
+    """All features, those above the noise floor first, by the size of the coefficient's change."""
+    shifts, floors = cumulative_shifts(data), shift_floors(data)
+    start, end = coef_of(data.records[0]), coef_of(data.records[-1])
+    above = {
+        part: above_floor(shifts[part][-1], floor[-1], TIMES) & (len(data.ok) > 0)
+        for part, floor in (floors or {}).items()
+    }
+    found = [
+        FeatureShift(
+            j,
+            int(feature),
+            float(start[j, behaviour]),
+            float(end[j, behaviour]),
+            {part: float(values[-1, j, behaviour]) for part, values in shifts.items()},
+            {part: bool(values[j, behaviour]) for part, values in above.items()},
+        )
+        for j, feature in enumerate(data.policy.features)
+    ]
+    return sorted(found, key=lambda each: (not each.any_above, -abs(each.total)))
+
+
+def feature_name(data: RunData, feature: int) -> str:
+    """A short name of a feature for axes and tables: its SAE index, then its label or the tokens that it promotes."""
+    known = data.labels.get(feature)
+    if known is None:
+        return str(feature)
+    text = known.label or " ".join(token(each) for each in known.promoted[:2])
+    return f"{feature} {_shortened(' '.join(text.split()), 26)}".strip()
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
