@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without installing, too
 
 from smda_callbacks.observe.activations import captured, decoder_layers, parse_hook, unwrap
 from smda_callbacks.observe.features import centered, decode, encoder
@@ -217,7 +220,7 @@ def new_sae(options: SAEOptions, d_in: int, metadata: dict[str, Any]) -> Any:
 
 
 def threshold_lr(steps: int) -> float:
-    """Rate of BatchTopK's threshold, an average that starts at 0: at the usual 0.01 a short run saves one far too low."""
+    """Rate of BatchTopK's threshold, an average that starts at 0: short runs at 0.01 save one far too low."""
     return max(0.01, min(0.2, 10 / steps))
 
 

@@ -36,7 +36,7 @@ Expected = Literal["refuse", "comply"]
 #: The parts of a policy shift; they sum to the change of the coefficients.
 PATHWAYS = ("shift_x_magnitude", "shift_x_gating", "shift_y")
 
-#: The rows of a category's account in behaviour units; they sum to its measured change.
+#: The rows of a category's account in behaviour units; they sum to its measured change (see maths.account).
 ROWS = ("magnitude", "gating", "shift_x_magnitude", "shift_x_gating", "shift_y", "intercept", "residual")
 
 #: The rows that are further split over features (all but ``intercept`` and ``residual``).
@@ -136,6 +136,7 @@ class PolicyRecord:
     edf: float  # effective degrees of freedom, intercept included
     condition: float  # condition number of ZᵀHZ + λI
     route: Literal["primal", "dual"]
+    origin: Array  # [feature], mean z over the probes to comply with: where accounts count changes of coefficients from
     lam_grid: tuple[tuple[float, float], ...] = ()  # (λ, leave-one-out mean squared error)
     labels: tuple[FeatureLabel, ...] = ()
     sae_id: str = ""
@@ -144,9 +145,9 @@ class PolicyRecord:
 
 
 def policy_hash(policy: PolicyRecord) -> str:
-    """SHA-256 over what the policy computes: features, scale, λ, coefficients, intercept, behaviours, target."""
+    """SHA-256 over what the policy computes: features, scale, λ, coefficients, intercept, origin, behaviours, target."""
     digest = hashlib.sha256(json.dumps([policy.lam, policy.behaviours, policy.target]).encode())
-    for array in (policy.features, policy.scale, policy.coef, policy.intercept):
+    for array in (policy.features, policy.scale, policy.coef, policy.intercept, policy.origin):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

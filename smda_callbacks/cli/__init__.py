@@ -1,1 +1,1 @@
-"""The command line ``smda``: one file per command. Importing it is light: what is heavy is loaded when a command runs."""
+"""The command line ``smda``: one file per command. Heavy libraries are loaded when a command runs."""

@@ -54,9 +54,6 @@ def run(args: argparse.Namespace) -> int:
     show_gaps(out, gaps)
     say_lambda(out, policy)
     if args.out is not None:
-        from smda_callbacks.sinks.store import write_policy
-
-        args.out.mkdir(parents=True, exist_ok=True)
         write_policy(args.out, policy)
         out.say(f"Saved in {args.out}. To start runs from it: policy.path: {args.out} in the configuration.")
     out.emit({**facts_of(policy, probes), "formulas": formulas, "gaps": gaps, "out": args.out and str(args.out)})
@@ -75,6 +72,19 @@ def check_free(folder: Path) -> None:
             f"{folder} holds {' and '.join(there) or 'a file'} already, and nothing is overwritten. Next step: choose "
             "another folder, or remove it."
         )
+
+
+def write_policy(folder: Path, policy: PolicyRecord) -> None:
+    """Save a policy as a run store does, so that it is read back the same way."""
+    from safetensors.numpy import save
+
+    from smda_callbacks.sinks import files
+    from smda_callbacks.sinks.codec import encode
+
+    folder.mkdir(parents=True, exist_ok=True)
+    value, arrays = encode(policy)
+    files.write_atomic(folder / f"{files.POLICY}.safetensors", save(arrays))
+    files.write_json(folder / f"{files.POLICY}.json", value)
 
 
 def formulas_of(policy: PolicyRecord, n: int, x_max: Any, top: int = 12) -> list[str]:
@@ -137,11 +147,11 @@ def _quality_caption(policy: PolicyRecord, name: str) -> str:
     )
 
 
-def show_gaps(out: Screen, gaps: Sequence[Mapping[str, Any]]) -> None:
+def show_gaps(out: Screen, gaps: Sequence[Mapping[str, Any]], *, when: str = "") -> None:
     """The categories that are gaps, worst first, with the features that pull the wrong way."""
     found = [gap for gap in gaps if gap["is_gap"]]
     if not found:
-        out.say("No gap: in every category the model does what is wanted about as often as in the others.\n")
+        out.say(f"No gap{when}: in every category the model does what is wanted about as often as in the others.\n")
         return
     rows = [
         (
@@ -150,16 +160,17 @@ def show_gaps(out: Screen, gaps: Sequence[Mapping[str, Any]]) -> None:
             gap["n_probes"],
             number(gap["mean"], 2),
             gap["reason"],
-            ", ".join(f"{feature} ({number(value, 2)})" for feature, value in gap["pulling"][:3]) or None,
+            ", ".join(f"{feature} ({number(value)})" for feature, value in gap["pulling"][:3]) or None,
         )
         for gap in found
     ]
     show_table(
         out,
-        f"Gaps: {count(len(found), 'category', 'categories')} in which the model does not do what is wanted",
+        f"Gaps{when}: {count(len(found), 'category', 'categories')} in which the model does not do what is wanted",
         ["category", "expected", "#probes", "#refusal", "why", "features that pull the wrong way"],
         rows,
-        caption="low: refuses less than it should; over-refusal: more; fragile: through features of its own only.",
+        caption="low: refuses less than it should; over-refusal: more; fragile: through features of its own only. "
+        "Beside a feature: how much it changes refusal there, against the other categories.",
     )
 
 

@@ -121,14 +121,15 @@ def load_model(config: SMDAConfig) -> tuple[Any, Any]:
     try:
         source = builtin_path(str(name))
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=config.model.dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=config.model.dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"model {name!r} cannot be loaded: {reason} Next step: give a folder that holds a model and its "
             "tokenizer, a Hub id, or builtin:quickstart/quickstart-chat."
         ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+    model.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return model.eval(), tokenizer
 
 
 def quiet_libraries() -> None:

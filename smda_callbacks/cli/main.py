@@ -6,6 +6,7 @@ Exit codes: 0 it held, 1 a check failed, 2 the usage or the input cannot be used
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,6 +33,9 @@ start here:
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?
 
 exit codes: 0 it held, 1 a check failed, 2 usage or input that cannot be used"""
+
+
+_CHOICE = re.compile(r"(argument .+): invalid choice: '(.*)' \(choose from (.*)\)")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"smda {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, dest="command")
     for name, module in COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -101,11 +105,12 @@ def _refuse(error: Exception, *, debug: bool) -> int:
 
 
 def _with_hint(message: str) -> str:
-    """Argparse's message, with the nearest command where one was misspelt."""
-    words = message.split("'")
-    if "invalid choice" in message and len(words) > 1:
-        near = get_close_matches(words[1], COMMANDS, n=1)
-        return f"unknown command {words[1]!r}; {f'did you mean {near[0]!r}? ' if near else ''}Allowed: " + ", ".join(
-            COMMANDS
-        )
-    return message
+    """Argparse's message; where a word is none of those allowed, with the nearest one."""
+    match = _CHOICE.fullmatch(message)
+    if match is None:
+        return message
+    what, got = match[1].replace("argument COMMAND", "command").replace("argument ", "value of "), match[2]
+    allowed = match[3].replace("'", "").split(", ")
+    near = get_close_matches(got, allowed, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {got!r}; {hint}Allowed: {', '.join(allowed)}"

@@ -32,8 +32,16 @@ class Screen:
     json: bool
 
     def say(self, text: str = "", style: str | None = None) -> None:
-        """A line, or several; long ones are wrapped."""
+        """A line; a long one is wrapped."""
         self.console.print(plain(text), style=style)
+
+    def item(self, text: str, style: str | None = None, *, mark: str = " ") -> None:
+        """A line under a heading, behind a mark; a long one goes on where its text began."""
+        from rich.table import Table
+
+        row = Table.grid(padding=(0, 1))
+        row.add_row(f" {mark}", plain(text))
+        self.console.print(row, style=style)
 
     def lines(self, text: str) -> None:
         """Text that is laid out already: never wrapped."""
@@ -88,9 +96,7 @@ def show_table(
     )
     for name in columns:
         number = name.startswith("#")
-        table.add_column(
-            name.removeprefix("#"), justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+        table.add_column(name.removeprefix("#"), justify="right" if number else "left", no_wrap=number, overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     where.console.print(table)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from smda_callbacks.cli.output import add_json, screen
+from smda_callbacks.cli.runs import run_folder
 
 HELP = "write a run as one HTML page"
 
@@ -24,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     out = screen(args)
     began = time.perf_counter()
-    path = write_report(args.folder, args.out)
+    path = write_report(run_folder(args.folder), args.out)
     seconds = time.perf_counter() - began
     size = path.stat().st_size
     out.say(f"{path} ({size / 1e6:.1f} MB, {seconds:.1f} s). Open it in a browser; it needs no network.")

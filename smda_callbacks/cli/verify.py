@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 from smda_callbacks.cli.output import add_json, count, screen, show_table
+from smda_callbacks.cli.runs import run_folder
 
 HELP = "recompute a run from its store; do its numbers hold?"
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from smda_callbacks.sinks.store_reader import RunStore
 
     out = screen(args)
-    store = RunStore.open(args.folder)
+    store = RunStore.open(run_folder(args.folder))
     checks = verify(store)
     rows = [
         ("OK" if each.ok else "FAIL", each.name, f"{each.largest_error:.1e}", f"{each.tolerance:.0e}", each.detail)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib import resources
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -102,11 +104,16 @@ def build_sae(config: SAEConfig) -> SAEHandle:
 
 
 def build_sinks(config: SMDAConfig, args: Any) -> Sequence[Sink]:
-    """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments."""
-    from smda_callbacks.sinks.store import StoreSink
+    """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments.
 
-    folder = Path(config.store.dir) if config.store.dir else Path(args.output_dir) / "smda"
-    sinks: list[Sink] = [StoreSink(folder, resume=config.store.resume)]
+    Raises:
+        StoreError: the folder cannot be written, or holds something already.
+    """
+    from smda_callbacks.sinks.store import StoreSink, check_writable
+
+    folder = Path(config.store.dir) if config.store.dir else free_folder(Path(args.output_dir) / "smda")
+    check_writable(folder)
+    sinks: list[Sink] = [StoreSink(folder)]
     if _wants_wandb(config, args):
         from smda_callbacks.sinks.wandb_sink import WandbSink
 
@@ -116,11 +123,21 @@ def build_sinks(config: SMDAConfig, args: Any) -> Sequence[Sink]:
     return sinks
 
 
+def free_folder(path: Path) -> Path:
+    """``path``, or the first of ``path-2``, ``path-3``, ... that is free: a new run never overwrites an old one."""
+    candidates = (path if k == 1 else path.with_name(f"{path.name}-{k}") for k in count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
 def load_policy(path: str | Path) -> PolicyRecord:
-    """A policy saved by ``smda distill`` or inside a run store."""
+    """A policy saved by ``smda distill`` or inside a run store.
+
+    Raises:
+        StoreError: there is none, or it is damaged.
+    """
     from smda_callbacks.sinks.store_reader import read_policy
 
-    return read_policy(Path(path))
+    return read_policy(path)
 
 
 def builtin_path(source: str) -> str:
@@ -135,9 +152,9 @@ def builtin_path(source: str) -> str:
 
 
 def _read_source(config: SourceConfig) -> list[Any]:
-    if config.format not in FORMATS:
-        raise ProbeError(f"unknown probe format {config.format!r}. Allowed: {', '.join(FORMATS)}.")
     given = {name: value for name, value in config.columns.model_dump().items() if value is not None}
+    if config.columns.refuse_labels is not None:  # labels are compared in lower case
+        given["refuse_labels"] = tuple(label.strip().lower() for label in config.columns.refuse_labels)
     columns = Columns(**{**vars(FORMATS[config.format]), **given})
     rows = load_rows(builtin_path(config.source), columns=columns, category=config.category)
     return with_expected(rows, config.expected) if config.expected else rows
@@ -146,4 +163,6 @@ def _read_source(config: SourceConfig) -> list[Any]:
 def _wants_wandb(config: SMDAConfig, args: Any) -> bool:
     if config.wandb.enabled != "auto":
         return bool(config.wandb.enabled)
-    return bool({"wandb", "all"} & set(args.report_to or ()))
+    # A run that the user opened counts too. Looked up, not imported: without W&B nothing of it is loaded.
+    is_open = getattr(sys.modules.get("wandb"), "run", None) is not None
+    return is_open or bool({"wandb", "all"} & set(args.report_to or ()))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from smda_callbacks.observe.features import Readout
 from smda_callbacks.observe.instrument import Target
 from smda_callbacks.observe.prefixes import COMPLIANCES, REFUSALS
+from smda_callbacks.observe.probes import FORMATS
 from smda_callbacks.records import Expected
 
 
@@ -16,6 +18,14 @@ class Section(BaseModel):
     """A section: frozen, and no key that it does not know."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError("true and false (YAML: also yes, no, on and off) are no value of this key; quote a word")
+        return value
 
 
 class ColumnsConfig(Section):
@@ -31,11 +41,20 @@ class ColumnsConfig(Section):
 class SourceConfig(Section):
     """One file or data set of prompts."""
 
-    source: str
+    source: str = Field(min_length=1)
     format: str = "smda"
     columns: ColumnsConfig = ColumnsConfig()
     category: str | None = None
     expected: Expected | None = None
+
+    @field_validator("format")
+    @classmethod
+    def _format_is_known(cls, value: str) -> str:
+        if value not in FORMATS:
+            near = get_close_matches(value, FORMATS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"unknown probe format; {hint}Allowed: {', '.join(FORMATS)}")
+        return value
 
 
 class ProbesConfig(Section):
@@ -55,7 +74,7 @@ class ModelConfig(Section):
 class SAEConfig(Section):
     """Which sparse autoencoder: a folder, a release of the sae-lens registry, or a repository id."""
 
-    source: str
+    source: str = Field(min_length=1)
     sae_id: str | None = None
     hook_name: str | None = None
     norm_scaling_factor: float | None = Field(None, gt=0)
@@ -73,14 +92,12 @@ class BehaviourConfig(Section):
     system_prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
-    @model_validator(mode="after")
-    def _lists_are_not_empty(self) -> BehaviourConfig:
-        for name in ("refusals", "compliances"):
-            if not getattr(self, name):
-                raise ValueError(
-                    f"{name} is empty; name at least one opening, or leave the key out for the default list"
-                )
-        return self
+    @field_validator("refusals", "compliances")
+    @classmethod
+    def _list_is_not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("is empty; name at least one opening, or leave the key out for the default list")
+        return value
 
 
 class PolicyConfig(Section):
@@ -93,11 +110,12 @@ class PolicyConfig(Section):
     lam_tolerance: float = Field(0.05, ge=0)
     cv_folds: int = Field(10, ge=0)
 
-    @model_validator(mode="after")
-    def _lam_is_positive(self) -> PolicyConfig:
-        if self.lam != "auto" and not 0 < self.lam < float("inf"):
-            raise ValueError(f"lam must be a finite number above 0, or auto; got {self.lam}")
-        return self
+    @field_validator("lam")
+    @classmethod
+    def _lam_is_positive(cls, value: str | float) -> str | float:
+        if isinstance(value, float) and not 0 < value < float("inf"):
+            raise ValueError("must be a finite number above 0, or auto")
+        return value
 
 
 class MeasureConfig(Section):
@@ -120,10 +138,9 @@ class AlertsConfig(Section):
 
 
 class StoreConfig(Section):
-    """Where the run is stored. No ``dir``: ``smda`` in the trainer's output folder."""
+    """Where the run is stored. No ``dir``: ``smda`` in the trainer's output folder, or ``smda-2`` if that is taken."""
 
     dir: str | None = None
-    resume: bool = False
 
 
 class WandbConfig(Section):

@@ -21,8 +21,8 @@ class Account:
     ``rows``: row -> ``[category, behaviour]``; the rows sum to ``measured``.
 
     * ``magnitude``, ``gating``: features moved under the mean coefficients, ``ΔZ·β̄``,
-    * ``shift_x_magnitude``, ``shift_x_gating``, ``shift_y``: coefficients moved under the mean features, ``Z̄·Δβ``,
-    * ``intercept``: the intercept moved,
+    * ``shift_x_magnitude``, ``shift_x_gating``, ``shift_y``: coefficients moved under the mean features, ``(Z̄ − o)·Δβ``,
+    * ``intercept``: the prediction at the origin ``o`` moved, ``Δ(b + o·β)``,
     * ``residual``: what the policy does not fit changed, ``Δ(y − ŷ)``.
 
     ``features``: the first five rows over features, ``[category, feature, behaviour]``; they sum to their rows.
@@ -34,22 +34,33 @@ class Account:
     measured: Array
 
 
-def account(before: State, after: State, *, scale: Array, lam: float, groups: ArrayLike) -> Account:
+def account(
+    before: State, after: State, *, scale: Array, lam: float, groups: ArrayLike, origin: ArrayLike | None = None
+) -> Account:
     """Account for the change of every category's mean behaviour between two states.
 
     ``scale`` ``[feature]``, ``lam``: as in :func:`~smda_callbacks.maths.pathways.split_shift`. ``groups`` ``[probe]``:
     category numbers 0..C-1. The identity is the product rule ``Δ(Zβ) = ΔZ·β̄ + Z̄·Δβ`` with bars for the mean of before
-    and after, so no order of events is preferred. Raises ValueError for states of different shapes, groups of another
-    length or with an empty category, TypeError for groups that are not whole numbers.
+    and after, so no order of events is preferred.
+
+    ``origin`` ``[feature]``, in units of z: the point from which a change of coefficients is counted, zeros if None. At
+    the mean z of harmless prompts, features carry what sets a category apart from those, and ``intercept`` is what moved
+    on harmless prompts too. At zeros, a coefficient that weakens on both kinds is split between features and intercept
+    by how often the feature fires anywhere. The rows sum to the same for every origin.
+
+    Raises ValueError for states of different shapes, groups of another length or with an empty category, an origin of
+    another length or not finite; TypeError for groups that are not whole numbers.
     """
     check_states(before, after)
     numbers = check_groups(groups, len(before.y))
     fits = (fit_ridge(before.x, before.y, lam, scale=scale), fit_ridge(after.x, after.y, lam, scale=scale))
     split = split_shift(before, after, scale=scale, lam=lam)
-    features = _feature_rows(before, after, scale, fits, split, numbers)
+    start = _check_origin(origin, len(scale))
+    features = _feature_rows(before, after, scale, fits, split, numbers, start)
     rows = {name: values.sum(axis=1) for name, values in features.items()}
     measured = mean_by_group(after.y - before.y, numbers)
-    rows["intercept"] = np.broadcast_to(fits[1].intercept - fits[0].intercept, measured.shape).copy()
+    at_origin = [fit.intercept + start @ fit.coef for fit in fits]
+    rows["intercept"] = np.broadcast_to(at_origin[1] - at_origin[0], measured.shape).copy()
     change = _residual(after, fits[1], scale) - _residual(before, fits[0], scale)
     rows["residual"] = mean_by_group(change, numbers)
     return Account(rows, features, measured)
@@ -106,17 +117,28 @@ def _feature_rows(
     fits: tuple[RidgeFit, RidgeFit],
     split: PathwaySplit,
     groups: Groups,
+    origin: Array,
 ) -> dict[str, Array]:
     """The rows that are split over features, each ``[category, feature, behaviour]``."""
     mean_coef = (fits[0].coef + fits[1].coef) / 2
     moved = (before.gate + after.gate) / 2 * (after.pre - before.pre) / scale
     flipped = (before.pre + after.pre) / 2 * (after.gate - before.gate) / scale
-    mean_z = mean_by_group((before.x + after.x) / (2 * scale), groups)
+    mean_z = mean_by_group((before.x + after.x) / (2 * scale), groups) - origin
     rows = {
         "magnitude": _outer(mean_by_group(moved, groups), mean_coef),
         "gating": _outer(mean_by_group(flipped, groups), mean_coef),
     }
     return rows | {name: _outer(mean_z, shift) for name, shift in split.as_dict().items()}
+
+
+def _check_origin(origin: ArrayLike | None, features: int) -> Array:
+    array = np.zeros(features) if origin is None else np.asarray(origin, dtype=np.float64)
+    if array.shape != (features,) or not np.isfinite(array).all():
+        raise ValueError(
+            f"origin must hold one finite number for each of the {features} features, got shape {array.shape}. "
+            "Pass the mean of z over harmless probes, or None for zeros."
+        )
+    return array
 
 
 def _outer(means: Array, coef: Array) -> Array:

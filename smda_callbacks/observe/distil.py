@@ -84,6 +84,7 @@ def fit_policy(
     quality = diagnose(chosen, y, fit, scale=scale)
     probes = instrument.probes
     by_category = category_quality(y, quality.fitted, quality.loo, probes.groups, probes.categories)
+    comply = [probe.expected == "comply" for probe in probes.probes]
     honest = honest_r2(x, y, probes.groups, options)
     return PolicyRecord(
         features=features,
@@ -100,6 +101,7 @@ def fit_policy(
         edf=quality.edf,
         condition=quality.condition,
         route=fit.route,
+        origin=(chosen[comply] / scale).mean(axis=0),
         lam_grid=tuple((float(a), float(b)) for a, b in zip(grid.lams, error, strict=True)),
     )
 

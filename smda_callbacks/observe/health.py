@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from smda_callbacks.observe.features import centered, decode, encoder
 from smda_callbacks.observe.sae import SAEHandle
 from smda_callbacks.records import SAEHealth
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """One snapshot through the whole dictionary: the costly part of its health, worth doing once."""
+
+    hidden: Tensor  # [probe, d_in], as it was read
+    stream: Tensor  # [probe, d_in], as the SAE sees it
+    pre: Tensor  # [probe, d_sae]
+    active: Tensor  # [probe, d_sae] bool: the gate, in a quarter of its memory
+    reconstruction: Tensor  # [probe, d_in]
+
+
+@torch.no_grad()
+def encode_all(handle: SAEHandle, hidden: Tensor) -> Encoded:
+    """``hidden [probe, d_in]`` through the whole dictionary and back."""
+    pre, gate = encoder(handle)(hidden)
+    return Encoded(hidden, centered(handle, hidden), pre, gate > 0, decode(handle, gate * pre))
 
 
 def sae_health(handle: SAEHandle, hidden: Tensor, *, start: Tensor, before: Tensor | None = None) -> SAEHealth:
@@ -19,36 +39,50 @@ def sae_health(handle: SAEHandle, hidden: Tensor, *, start: Tensor, before: Tens
       it misleads. ``delta_fvu_magnitude`` is the same with Δĥ at fixed gates, (ḡ ⊙ Δpre) W_dec, which leaves out the
       jumps of features that switch on or off.
     """
-    encode = encoder(handle)
-    with torch.no_grad():
-        pre, gate = encode(hidden)
-        reconstruction = decode(handle, gate * pre)
-        stream = centered(handle, hidden)
-        active, active_start = gate > 0, encode(start)[1] > 0
-        both = (active & active_start).sum(1)
-        either = (active | active_start).sum(1).clamp(min=1)
-        plain = magnitude = None
-        if before is not None:
-            plain, magnitude = _delta_fvu(handle, before, stream, reconstruction, pre, gate)
+    return HealthMeter(handle, start).read(hidden, before)
+
+
+class HealthMeter:
+    """:func:`sae_health` at the snapshots of one run, each encoded once: a third of the work when they follow on."""
+
+    def __init__(self, handle: SAEHandle, start: Tensor) -> None:
+        self.handle = handle
+        self._last = encode_all(handle, start)
+        self._active_start = self._last.active
+
+    @torch.no_grad()
+    def read(self, hidden: Tensor, before: Tensor | None = None) -> SAEHealth:
+        """Health on ``hidden``; ``before`` costs nothing where it is the very tensor that was read last."""
+        previous = None if before is None else self._encoded(before)
+        self._last = now = self._encoded(hidden)
+        both = (now.active & self._active_start).sum(1)
+        either = (now.active | self._active_start).sum(1).clamp(min=1)
+        plain, magnitude = (None, None) if previous is None else _delta_fvu(self.handle, previous, now)
         return SAEHealth(
-            fvu=_ratio(stream - reconstruction, stream - stream.mean(0)) or 0.0,
-            l0=active.sum(1).double().mean().item(),
+            fvu=_ratio(now.stream - now.reconstruction, now.stream - now.stream.mean(0)) or 0.0,
+            l0=now.active.sum(1).double().mean().item(),
             jaccard=(both / either).double().mean().item(),
             delta_fvu=plain,
             delta_fvu_magnitude=magnitude,
         )
 
+    def _encoded(self, hidden: Tensor) -> Encoded:
+        return self._last if hidden is self._last.hidden else encode_all(self.handle, hidden)
 
-def _delta_fvu(
-    handle: SAEHandle, before: Tensor, stream: Tensor, reconstruction: Tensor, pre: Tensor, gate: Tensor
-) -> tuple[float | None, float | None]:
-    pre_before, gate_before = encoder(handle)(before)
-    change = stream - centered(handle, before)
-    plain = reconstruction - decode(handle, gate_before * pre_before)
+
+def _delta_fvu(handle: SAEHandle, before: Encoded, now: Encoded) -> tuple[float | None, float | None]:
+    change = now.stream - before.stream
+    plain = now.reconstruction - before.reconstruction
     # Decoding is affine, so the difference of two decodings is the decoding of the difference without its offset.
-    moved = (gate + gate_before) / 2 * (pre - pre_before)
-    fixed = decode(handle, moved) - decode(handle, torch.zeros_like(moved))
+    moved = (now.active.float() + before.active) / 2 * (now.pre - before.pre)
+    fixed = _decode_beside(handle, before, moved) - _decode_beside(handle, before, torch.zeros_like(moved))
     return _ratio(change - plain, change), _ratio(change - fixed, change)
+
+
+def _decode_beside(handle: SAEHandle, snapshot: Encoded, acts: Tensor) -> Tensor:
+    """Decode ``acts`` at the scale of ``snapshot``: sae-lens forgets a scale after one use."""
+    handle.sae.process_sae_in(snapshot.stream)
+    return decode(handle, acts)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -144,11 +144,13 @@ def _cached_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: Hoo
 
 
 def _edge_log_probs(logits: Tensor, batches: ProbeBatches) -> Tensor:
-    """``logits [row, node, vocabulary]`` -> log P(edge's token | edge's node), ``[row, edge]`` float32."""
-    logits = logits.float()
+    """``logits [row, node, vocabulary]`` -> log P(edge's token | edge's node), ``[row, edge]`` float32.
+
+    Row by row: a second tensor of the size of the logits costs more to allocate than to compute.
+    """
     nodes = torch.from_numpy(batches.tree.edge_nodes).to(logits.device)
     tokens = torch.from_numpy(batches.tree.edge_tokens).to(logits.device)
-    return logits[:, nodes, tokens] - logits.logsumexp(dim=-1)[:, nodes]
+    return torch.stack([row.float().log_softmax(dim=-1)[nodes, tokens] for row in logits])
 
 
 def _opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:

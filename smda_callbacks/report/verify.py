@@ -99,7 +99,8 @@ def _check_accounts(store: RunStore, records: list[WindowRecord]) -> Check:
     for step in _steps(records):
         window, where = step.window, f"step {step.window.step}"
         before, after = _state(step.before.snapshot), _state(window.snapshot)
-        books = account(before, after, scale=store.policy.scale, lam=store.policy.lam, groups=groups)
+        policy = store.policy
+        books = account(before, after, scale=policy.scale, lam=policy.lam, groups=groups, origin=policy.origin)
         for row in ROWS:
             errors.note(f"{row}, {where}", window.account[row], books.rows[row], size)
         for row in FEATURE_ROWS:

@@ -51,7 +51,7 @@ class RunStore:
             path=root,
             manifest=manifest,
             probes=tuple(decode(Probe, row) for row in files.read_rows(probes)),
-            policy=_read_policy(root),
+            policy=read_policy(root),
             noise=files.read_record(noise, NoiseFloor) if noise.exists() else None,
             baseline=_read_baseline(root),
             gaps_start=tuple(files.read_json(root / files.GAPS)),
@@ -129,6 +129,27 @@ class RunStore:
         return record
 
 
+def read_policy(folder: str | Path) -> PolicyRecord:
+    """The policy in ``folder``, a run store or any other folder with ``policy.json`` and ``policy.safetensors``.
+
+    Raises StoreError: there is none, or a file of it is damaged.
+    """
+    root = Path(folder)
+    json_file, arrays_file = root / f"{files.POLICY}.json", root / f"{files.POLICY}.safetensors"
+    absent = [path.name for path in (json_file, arrays_file) if not path.exists()]
+    if absent and not (root / files.MANIFEST).exists():  # no run store, which is told below what it lacks
+        raise StoreError(
+            f"no policy in {root}: {' and '.join(absent)} missing. Give the folder of a run store, or one that smda "
+            "distill --out wrote."
+        )
+    value, arrays = files.read_json(json_file), files.read_arrays(arrays_file)
+    try:
+        policy: PolicyRecord = decode(PolicyRecord, value, arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise files.damaged(json_file, error) from error
+    return policy
+
+
 def _read_baseline(root: Path) -> WindowRecord:
     steps = files.list_steps(root)
     if not steps:
@@ -140,13 +161,3 @@ def _read_baseline(root: Path) -> WindowRecord:
             f"{root}. Restore the folder from a copy."
         )
     return baseline
-
-
-def _read_policy(root: Path) -> PolicyRecord:
-    json_file, arrays_file = root / f"{files.POLICY}.json", root / f"{files.POLICY}.safetensors"
-    value, arrays = files.read_json(json_file), files.read_arrays(arrays_file)
-    try:
-        policy: PolicyRecord = decode(PolicyRecord, value, arrays)
-    except (KeyError, TypeError, ValueError) as error:
-        raise files.damaged(json_file, error) from error
-    return policy

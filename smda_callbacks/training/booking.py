@@ -61,7 +61,7 @@ def book_window(
     scale, lam = policy.scale, policy.lam
     shift = split_shift(start, end, scale=scale, lam=lam)
     first = first_order_shift(start, end, scale=scale, lam=lam)
-    books = account(start, end, scale=scale, lam=lam, groups=groups)
+    books = account(start, end, scale=scale, lam=lam, groups=groups, origin=policy.origin)
     return Booked(
         **refit(after, policy),
         shift=shift.as_dict(),

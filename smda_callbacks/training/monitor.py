@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from smda_callbacks.observe.distil import distil
-from smda_callbacks.observe.health import sae_health
+from smda_callbacks.observe.health import HealthMeter
 from smda_callbacks.observe.instrument import Instrument, build_instrument
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
@@ -33,6 +33,7 @@ class Monitor:
 
     def __init__(self, plan: Plan, model: nn.Module, tokenizer: Any, args: Any, step: int) -> None:
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
+        self.sinks = tuple(plan.make_sinks(args))  # first: a folder that cannot be written is refused at once
         self.policy: PolicyRecord
         full = build_instrument(
             model,
@@ -57,14 +58,14 @@ class Monitor:
             reading = self.instrument.read(model)
         self._baseline(step, reading)
         self.noise = self._noise(model, args)
-        self.sinks = tuple(plan.make_sinks(args))
         self.start = self._open(model, args)
         self.meter = UpdateMeter(model)
         self.book, self.measured, self.told_failure = AlertBook(), 0, False
 
     def _baseline(self, step: int, reading: Reading) -> None:
-        health = sae_health(self.instrument.handle, reading.hidden, start=reading.hidden)
-        self.hidden_start = self.hidden = reading.hidden
+        self.health = HealthMeter(self.instrument.handle, reading.hidden)
+        health = self.health.read(reading.hidden)
+        self.hidden = reading.hidden
         self.snapshot = self.instrument.snapshot(step, reading)
         fit = refit(self.snapshot, self.policy)
         self.window = self.baseline = WindowRecord(
@@ -158,7 +159,7 @@ class Monitor:
         self.measured += 1
         if (self.measured - 1) % self.plan.health_every:
             return None
-        return sae_health(self.instrument.handle, reading.hidden, start=self.hidden_start, before=self.hidden)
+        return self.health.read(reading.hidden, self.hidden)
 
     def _start_y(self) -> Any:
         assert self.baseline.snapshot is not None
@@ -218,7 +219,8 @@ def check_policy(policy: PolicyRecord, instrument: Instrument) -> None:
         )
     if policy.features.max() >= handle.d_sae:
         raise ValueError(
-            f"the policy names feature {policy.features.max()}, but the SAE has features 0 to {handle.d_sae - 1}. {advice}"
+            f"the policy names feature {policy.features.max()}, but the SAE has features 0 to {handle.d_sae - 1}. "
+            f"{advice}"
         )
     if (policy.behaviours, policy.target) != (instrument.behaviours, instrument.target):
         raise ValueError(

@@ -192,7 +192,7 @@ def _window(
     start, end = _state(last.snapshot), _state(after)
     scale, lam = policy.scale, policy.lam
     shift = split_shift(start, end, scale=scale, lam=lam)
-    books = account(start, end, scale=scale, lam=lam, groups=groups)
+    books = account(start, end, scale=scale, lam=lam, groups=groups, origin=policy.origin)
     step = head["step"]
     return WindowRecord(
         status="ok",
@@ -221,6 +221,7 @@ def _distil(
     return PolicyRecord(
         features=features, scale=scale, lam=lam, coef=fit.coef, intercept=fit.intercept, behaviours=behaviours,
         target="probability", edf=quality.edf, condition=quality.condition, route=fit.route,
+        origin=(snapshot.x / scale)[[CATEGORIES[probe.category] == "comply" for probe in probes]].mean(axis=0),
         quality=tuple(
             PolicyQuality(float(quality.r2[m]), float(quality.r2_loo[m]), None, by_category[m])
             for m in range(len(behaviours))

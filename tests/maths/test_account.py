@@ -189,3 +189,30 @@ def test_refuses_groups_that_do_not_fit() -> None:
         check_groups([], 0)
     with pytest.raises(ValueError, match=r"pre has shape \(60, 7\) before and \(59, 7\) after"):
         account(before, make_problem(n=59)[1], scale=scale, lam=3.0, groups=groups)
+
+
+def test_the_origin_moves_change_between_features_and_intercept_and_nothing_else() -> None:
+    before, after, scale, groups = make_problem()
+    origin = np.linspace(-1.0, 2.0, len(scale))
+    plain = account(before, after, scale=scale, lam=3.0, groups=groups)
+    moved = account(before, after, scale=scale, lam=3.0, groups=groups, origin=origin)
+    for row in ("magnitude", "gating", "residual"):
+        np.testing.assert_array_equal(plain.rows[row], moved.rows[row])
+    np.testing.assert_allclose(sum(moved.rows.values()), moved.measured, atol=1e-12)
+    total = split_shift(before, after, scale=scale, lam=3.0).total
+    np.testing.assert_allclose(moved.rows["intercept"] - plain.rows["intercept"], np.tile(origin @ total, (4, 1)))
+
+
+def test_at_the_mean_of_a_group_its_features_carry_nothing_but_movement() -> None:
+    """Counted from where a category is, a change of coefficients does nothing to it: only moving features do."""
+    before, after, scale, groups = make_problem()
+    middle = (before.x + after.x)[groups == 1].mean(axis=0) / (2 * scale)
+    result = account(before, after, scale=scale, lam=3.0, groups=groups, origin=middle)
+    for row in ("shift_x_magnitude", "shift_x_gating", "shift_y"):
+        np.testing.assert_allclose(result.rows[row][1], 0.0, atol=1e-12)
+
+
+def test_an_origin_of_another_length_is_refused() -> None:
+    before, after, scale, groups = make_problem()
+    with pytest.raises(ValueError, match=r"origin must hold one finite number for each of the \d+ features, got shape"):
+        account(before, after, scale=scale, lam=3.0, groups=groups, origin=np.zeros(len(scale) + 1))

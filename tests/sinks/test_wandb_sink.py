@@ -43,6 +43,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("WANDB_MODE", "offline")
         for name in ("PROJECT", "CONSOLE", "INIT_TIMEOUT", "FINISH_TIMEOUT", "X_TRANSACTION_LOG_FLUSH_INTERVAL"):
             patch.delenv(f"WANDB_{name}", raising=False)
+        wandb.teardown()  # an earlier test may have made W&B read another environment
         yield root
         wandb.teardown()
 
@@ -86,7 +87,8 @@ def read_back(folder: Path) -> list[dict[str, Any]]:
     """All records of a finished run, by W&B's own reader."""
     program = shutil.which("wandb", path=sysconfig.get_path("scripts"))
     assert program is not None
-    found = subprocess.run([program, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=True)
+    found = subprocess.run([program, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr or found.stdout[-2000:]
     return [json.loads(line) for line in found.stdout.splitlines()]
 
 

@@ -1,0 +1,238 @@
+"""What watching a run costs: ratios of times taken in turns on one machine, never absolute times.
+
+    python recipes/benchmark_overhead.py --json overhead.json
+    python recipes/benchmark_overhead.py --json overhead.json --model my-org/my-chat-model --sae my-sae --device cuda
+
+* ``callback_over_probe_forward``: one whole measurement (reading, SAE, books, health, alerts; the sink is memory) over
+  a bare forward pass of the same padded tokens: no mask, no hook, no score. ``..._cpu``: the same in processor time.
+* ``train_with_over_without``: a whole training run (TRL, LoRA) with the callback over the same run without it, by the
+  trainer's own ``train_runtime``, the start of the watch and the run store included. It measures after every step;
+  ``..._every_10`` after every tenth. A small model on short pairs pays most: its training steps are cheap.
+* ``refit_speedup_16k``, ``..._131k``: scikit-learn's Ridge on the dense matrix over the library's refit on its
+  non-zeros, at 400 probes (``..._n200``: 200), in processor time. ``refit_max_abs_diff``: how far they are apart.
+
+Every figure is the median over repetitions, with its range. Set OMP_NUM_THREADS for more threads than one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import datasets
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig, SFTTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
+
+from recipes.benchmark_maths import HEADER, Figure, in_turns, refit
+from smda_callbacks import SMDACallback, __version__
+from smda_callbacks.config.build import build_plan, builtin_path
+from smda_callbacks.config.load import check_config
+from smda_callbacks.config.schema import SMDAConfig
+from smda_callbacks.observe.noise import trained_parameters
+from smda_callbacks.sinks.memory import MemorySink
+from smda_callbacks.training.monitor import Monitor
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "sae-lens", "numpy", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and how often; training runs, which take long, three times at most."""
+
+    model: str
+    sae: str
+    pairs: str
+    device: str
+    repeats: int
+    train_steps: int  # -1: one epoch
+
+
+# 1. A measurement over a forward pass of the same tokens --------------------------------------------------------------
+
+
+def measurement(options: Options) -> Iterator[Figure]:
+    """One measurement of the callback over a bare pass."""
+    model, tokenizer = load(options)
+    adapted: Any = get_peft_model(model, lora())
+    plan = replace(build_plan(settings(options)), make_sinks=lambda _: (MemorySink(),), noise_draws=0, on_error="raise")
+    monitor = Monitor(plan, adapted.eval(), tokenizer, training_arguments(options, "unused"), 0)
+    batches = monitor.instrument.batches
+    inputs, nodes = [batch.input_ids.to(options.device) for batch in batches.batches], len(batches.tree.tokens)
+    steps = iter(range(1, options.repeats + 2))
+
+    def measure() -> None:
+        with torch.no_grad():
+            for parameter in trained_parameters(adapted):  # as training does: every window sees other weights
+                parameter.add_(torch.randn_like(parameter), alpha=1e-4)
+        step = next(steps)
+        monitor.measure(adapted, step, step, (), {})
+
+    @torch.no_grad()
+    def forward() -> None:
+        for rows in inputs:
+            adapted(input_ids=rows, logits_to_keep=nodes, use_cache=False)
+
+    turns = in_turns(measure, forward, options.repeats, options.device)
+    yield Figure("callback_over_probe_forward", [a.wall / b.wall for a, b in turns], "<= 1.15")
+    yield Figure("callback_over_probe_forward_cpu", [a.cpu / b.cpu for a, b in turns], "<= 1.15")
+
+
+# 2. Training with the callback over training without it ---------------------------------------------------------------
+
+
+def training(options: Options) -> Iterator[Figure]:
+    """A whole run, watched after every step and after every tenth, over the same run unwatched."""
+    names = {"train_with_over_without": 1, "train_with_over_without_every_10": 10}
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    train_runtime(options, None)
+    for _ in range(min(options.repeats, 3)):
+        for name, every in names.items():
+            ratios[name].append(train_runtime(options, every) / train_runtime(options, None))
+    for name, values in ratios.items():
+        yield Figure(name, values)
+
+
+def train_runtime(options: Options, every: int | None) -> float:
+    """Seconds that the trainer reports for a run, watched every so many steps or (None) not at all."""
+    set_seed(0)
+    model, tokenizer = load(options)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = SFTTrainer(
+            model=model,
+            args=training_arguments(options, folder),
+            train_dataset=read_pairs(options.pairs),
+            processing_class=tokenizer,
+            peft_config=lora(),
+            callbacks=[SMDACallback.from_config(settings(options, every))] if every else [],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return float(trainer.train().metrics["train_runtime"])
+
+
+def load(options: Options) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    source = builtin_path(options.model)
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
+    return model.to(options.device), AutoTokenizer.from_pretrained(source)
+
+
+def lora() -> LoraConfig:
+    """The adapter that is trained."""
+    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def read_pairs(source: str) -> Dataset:
+    """Prompts and completions of a JSONL file, as messages."""
+    rows = [json.loads(line) for line in Path(builtin_path(source)).read_text(encoding="utf-8").splitlines()]
+    roles = {"prompt": "user", "completion": "assistant"}
+    return Dataset.from_list(
+        [
+            {
+                key: [{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key]
+                for key, role in roles.items()
+            }
+            for row in rows
+        ]
+    )
+
+
+def settings(options: Options, every: int = 1) -> SMDAConfig:
+    """The callback's configuration: defaults all through, but W&B is left out."""
+    values = {"sae": {"source": options.sae}, "measure": {"every": every}, "wandb": {"enabled": False}}
+    return check_config(values, "the benchmark's configuration")
+
+
+def training_arguments(options: Options, folder: str) -> SFTConfig:
+    """The quickstart's arguments."""
+    return SFTConfig(
+        output_dir=folder,
+        num_train_epochs=1,
+        max_steps=options.train_steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        max_length=128,
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=options.device == "cpu",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+# Command line ---------------------------------------------------------------------------------------------------------
+
+
+def environment(options: Options) -> dict[str, Any]:
+    """What the figures were measured with."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "smda-callbacks": __version__,
+        **{name: metadata.version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
+        **{key: value for key, value in vars(options).items() if key != "device"},
+    }
+
+
+def as_json(figures: Sequence[Figure], options: Options) -> dict[str, Any]:
+    """The file: figure by name, and the environment."""
+    return {**{figure.name: figure.as_json() for figure in figures}, "environment": environment(options)}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="where the figures are written")
+    parser.add_argument("--repeats", type=int, default=10, help="repetitions; of training runs three at most")
+    parser.add_argument("--quick", action="store_true", help="two repetitions and four training steps: does it run?")
+    parser.add_argument("--model", default="builtin:quickstart/quickstart-chat", help="a chat model: id or folder")
+    parser.add_argument("--sae", default="builtin:quickstart/sae", help="an SAE of that model: folder or id")
+    parser.add_argument("--pairs", default="builtin:quickstart/sft_pairs.jsonl", help="JSONL: prompt and completion")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print a table, write the file."""
+    args = arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what TRL asks of transformers is not ours to change
+    logging.getLogger("smda_callbacks").addHandler(logging.NullHandler())
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    repeats, steps = (2, 4) if args.quick else (args.repeats, -1)
+    options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
+    print(HEADER)
+    figures = []
+    for figure in chain(measurement(options), training(options), refit(options.repeats)):
+        figures.append(figure)
+        print(figure, flush=True)
+    args.json.write_text(json.dumps(as_json(figures, options), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

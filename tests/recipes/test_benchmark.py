@@ -1,0 +1,144 @@
+"""The benchmark's arithmetic on cases with known answers; the script itself on a tiny model (slow)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from recipes import benchmark_maths
+from recipes.benchmark_maths import Figure, in_turns, refit, refit_at, sparse_problem
+from smda_callbacks.maths.ridge import fit_ridge
+from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"value", "min", "max", "repetitions", "unit", "target", "ok"}
+
+
+def test_a_figure_is_its_median_with_its_range() -> None:
+    row = Figure("x", [1.3, 1.0, 1.1, 1.2, 9.0], "<= 1.15").as_json()
+    assert row == {
+        "value": 1.2, "min": 1.0, "max": 9.0, "repetitions": 5, "unit": "ratio", "target": "<= 1.15", "ok": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "ok", "said"),
+    [
+        (1.15, "<= 1.15", True, "ok"),
+        (1.16, "<= 1.15", False, "MISSED"),
+        (20.0, ">= 20", True, "ok"),
+        (19.9, ">= 20", False, "MISSED"),
+        (5.0, None, None, "1"),
+    ],
+)
+def test_the_verdict_is_on_the_median(value: float, target: str | None, ok: bool | None, said: str) -> None:
+    figure = Figure("x", [value], target)
+    assert figure.ok is ok
+    assert str(figure).split()[-1] == said
+
+
+def test_turns_alternate_and_the_first_does_not_count() -> None:
+    calls: list[str] = []
+
+    def first() -> None:
+        calls.append("a")
+        time.sleep(0.3 if len(calls) == 1 else 0.03)  # waits, which takes no processor time
+
+    def second() -> None:
+        calls.append("b")
+
+    turns = in_turns(first, second, 3)
+    assert calls == ["a", "b"] * 4
+    assert len(turns) == 3
+    for a, b in turns:
+        assert 0.03 <= a.wall < 0.3
+        assert a.cpu < 0.02
+        assert b.wall < a.wall
+
+
+def test_features_follow_zipfs_law_without_repetition() -> None:
+    x, y = sparse_problem(60, 500, active=20)
+    assert x.shape == (60, 500)
+    assert y.shape == (60, 1)
+    assert (np.diff(x.indptr) == 20).all()
+    assert all(len(set(row)) == 20 for row in x.indices.reshape(60, 20).tolist())
+    single, _ = sparse_problem(20_000, 6, active=1)  # one draw each: the law itself
+    shares = np.sort(np.bincount(single.indices, minlength=6))[::-1] / 20_000
+    law = 1 / np.arange(1, 7)
+    np.testing.assert_allclose(shares, law / law.sum(), atol=0.015)
+
+
+def test_both_refits_agree_and_a_difference_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    speedups, difference = refit_at(90, 3000, 2)
+    assert len(speedups) == 2
+    assert min(speedups) > 0
+    assert difference < 1e-8
+    monkeypatch.setattr(benchmark_maths, "fit_ridge", lambda x, y, lam: fit_ridge(x, y, 1.01 * lam))
+    assert refit_at(90, 3000, 1)[1] > 1e-5
+
+
+def test_the_refits_figures_and_their_names() -> None:
+    found = list(refit(1, (90, 80), {"tiny": 400, "small": 900}))
+    assert [figure.name for figure in found] == [
+        "refit_speedup_tiny", "refit_speedup_small", "refit_speedup_tiny_n80", "refit_speedup_small_n80",
+        "refit_max_abs_diff",
+    ]  # fmt: skip
+    assert len(found[-1].values) == 4
+    assert found[-1].ok
+
+
+def test_the_file_holds_every_figure_and_the_environment() -> None:
+    from recipes.benchmark_overhead import Options, as_json
+
+    options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", repeats=2, train_steps=4)
+    found = json.loads(json.dumps(as_json([Figure("x", [1.0, 2.0]), Figure("y", [3.0])], options)))
+    assert list(found) == ["x", "y", "environment"]
+    assert set(found["x"]) == KEYS
+    assert found["environment"].items() >= {"model": "a-model", "repeats": 2, "threads": 1, "device": "cpu"}.items()
+    assert {"python", "torch", "trl", "scikit-learn", "smda-callbacks", "cpu_count"} <= set(found["environment"])
+
+
+def test_options_become_the_callbacks_configuration() -> None:
+    from recipes.benchmark_overhead import Options, settings
+
+    options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", 2, 4)
+    config: Any = settings(options, every=10)
+    assert (config.measure.every, config.sae.source, config.wandb.enabled) == (10, "an-sae", False)
+    assert settings(options) == settings(options, every=1)
+
+
+@pytest.mark.slow
+def test_the_whole_script(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    save_sae(tiny_sae(), tmp_path / "sae")
+    rows = [{"prompt": f"Tell me about tea {k}.", "completion": f"Sure, tea {k}."} for k in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    options = ("--quick", "--json", "found.json", "--model", "./tiny", "--sae", "sae", "--pairs", "pairs.jsonl")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "benchmark_overhead.py"), *options],
+        cwd=tmp_path, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=290,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    environment = found.pop("environment")
+    assert environment["train_steps"] == 4
+    assert {
+        "callback_over_probe_forward", "callback_over_probe_forward_cpu", "train_with_over_without",
+        "train_with_over_without_every_10", "refit_speedup_16k", "refit_speedup_131k", "refit_max_abs_diff",
+    } <= set(found)  # fmt: skip
+    for name, row in found.items():
+        assert set(row) == KEYS
+        assert row["min"] <= row["value"] <= row["max"]
+        assert name in done.stdout
+    assert found["train_with_over_without"]["value"] > found["train_with_over_without_every_10"]["value"] > 1
+    assert found["refit_max_abs_diff"]["ok"]
