@@ -136,7 +136,7 @@ class PolicyRecord:
     edf: float  # effective degrees of freedom, intercept included
     condition: float  # condition number of ZᵀHZ + λI
     route: Literal["primal", "dual"]
-    origin: Array  # [feature], mean z over the probes to comply with: where accounts count changes of coefficients from
+    origin: Array  # [feature], mean z over the probes to comply with: accounts count coefficient changes from here
     lam_grid: tuple[tuple[float, float], ...] = ()  # (λ, leave-one-out mean squared error)
     labels: tuple[FeatureLabel, ...] = ()
     sae_id: str = ""
@@ -145,7 +145,7 @@ class PolicyRecord:
 
 
 def policy_hash(policy: PolicyRecord) -> str:
-    """SHA-256 over what the policy computes: features, scale, λ, coefficients, intercept, origin, behaviours, target."""
+    """SHA-256 over a policy: features, scale, λ, coefficients, intercept, origin, behaviours, target."""
     digest = hashlib.sha256(json.dumps([policy.lam, policy.behaviours, policy.target]).encode())
     for array in (policy.features, policy.scale, policy.coef, policy.intercept, policy.origin):
         digest.update(np.ascontiguousarray(array).tobytes())

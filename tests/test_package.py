@@ -28,7 +28,8 @@ def test_the_wheel_holds_the_package_only(wheel: zipfile.ZipFile) -> None:
 
 
 def test_the_wheel_holds_every_tracked_file_of_the_package(wheel: zipfile.ZipFile) -> None:
-    listed = subprocess.run(["git", "ls-files", "smda_callbacks"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["git", "ls-files", "smda_callbacks"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = set(listed.stdout.split())
     assert {"smda_callbacks/py.typed", "smda_callbacks/data/probes.jsonl"} <= tracked
     assert tracked <= set(wheel.namelist())

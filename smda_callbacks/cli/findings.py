@@ -174,8 +174,8 @@ def gaps_finding(gaps: Sequence[Mapping[str, Any]]) -> Finding:
     found = [f"{gap['category']} ({gap['reason']}, refusal {number(gap['mean'], 2)})" for gap in gaps if gap["is_gap"]]
     if not found:
         return Finding("gaps", "OK", "none: every category is answered as it should be, before training")
-    rest = f" and {len(found) - 5} more" if len(found) > 5 else ""
-    return Finding("gaps", "OK", f"{len(found)} before training: {', '.join(found[:5])}{rest} (smda distill shows all)")
+    rest = f" and {len(found) - 5} more (smda distill shows all)" if len(found) > 5 else ""
+    return Finding("gaps", "OK", f"{len(found)} before training: {', '.join(found[:5])}{rest}")
 
 
 def cost_finding(tokens: int, seconds: float, readings_before: int, every: int) -> Finding:

@@ -21,7 +21,7 @@ class Account:
     ``rows``: row -> ``[category, behaviour]``; the rows sum to ``measured``.
 
     * ``magnitude``, ``gating``: features moved under the mean coefficients, ``ΔZ·β̄``,
-    * ``shift_x_magnitude``, ``shift_x_gating``, ``shift_y``: coefficients moved under the mean features, ``(Z̄ − o)·Δβ``,
+    * ``shift_x_magnitude``, ``shift_x_gating``, ``shift_y``: coefficients moved, ``(Z̄ − o)·Δβ``,
     * ``intercept``: the prediction at the origin ``o`` moved, ``Δ(b + o·β)``,
     * ``residual``: what the policy does not fit changed, ``Δ(y − ŷ)``.
 
@@ -43,9 +43,9 @@ def account(
     category numbers 0..C-1. The identity is the product rule ``Δ(Zβ) = ΔZ·β̄ + Z̄·Δβ`` with bars for the mean of before
     and after, so no order of events is preferred.
 
-    ``origin`` ``[feature]``, in units of z: the point from which a change of coefficients is counted, zeros if None. At
-    the mean z of harmless prompts, features carry what sets a category apart from those, and ``intercept`` is what moved
-    on harmless prompts too. At zeros, a coefficient that weakens on both kinds is split between features and intercept
+    ``origin`` ``[feature]``, in units of z: the point from which a change of coefficients is counted, zeros if None.
+    At the mean z of harmless prompts, features carry what sets a category apart from those, and ``intercept`` is what
+    moved on harmless prompts too. At zeros, a coefficient that weakens on both kinds is split between features and intercept
     by how often the feature fires anywhere. The rows sum to the same for every origin.
 
     Raises ValueError for states of different shapes, groups of another length or with an empty category, an origin of

@@ -10,6 +10,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -71,6 +72,12 @@ def unwrap(model: nn.Module) -> Any:
             inner = inner.get_base_model()
         else:
             return inner
+
+
+def model_id(model: nn.Module) -> str:
+    """The model's hub id, or the name of the folder that it was loaded from: no path of a machine goes into records."""
+    name = str(getattr(unwrap(model).config, "_name_or_path", ""))
+    return Path(name).name if Path(name).is_dir() else name
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

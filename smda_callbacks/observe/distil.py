@@ -11,7 +11,7 @@ from torch import nn
 from smda_callbacks.maths.quality import category_quality, cv_r2
 from smda_callbacks.maths.ridge import RidgeFit, diagnose, fit_ridge, lambda_grid, loo_path, predict
 from smda_callbacks.maths.support import choose_support, feature_scale, strongest_within
-from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.activations import model_id
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.labels import label_features
 from smda_callbacks.observe.reading import Reading
@@ -61,13 +61,12 @@ def _identified(
     policy: PolicyRecord, instrument: Instrument, model: nn.Module, tokenizer: Any, x: Array
 ) -> PolicyRecord:
     handle, probes = instrument.handle, instrument.probes
-    config = unwrap(model).config
     return replace(
         policy,
         labels=label_features(handle, model, tokenizer, probes, policy.features, x),
         sae_id=handle.id,
         probe_hash=probes.hash,
-        model_id=str(config._name_or_path),
+        model_id=model_id(model),
     )
 
 

@@ -50,7 +50,7 @@ FEATURES_CAPTION = "Parts stacked; the upright stroke is their sum. Pale: below 
 WATERFALL = (
     "Read from top to bottom: from the category's mean at the start to its mean at the end. A feature's bar is "
     "all that went through it: its activations moved and its coefficient shifted. The hatched residual is what "
-    "the policy cannot express. The bars close exactly."
+    "the policy cannot express; the intercept is what moved on harmless prompts too. The bars close exactly."
 )
 WATERFALL_CAPTION = (
     "Diamonds: means at start and end. Blue: toward more of the behaviour. Orange: toward less. Hatched: residual."

@@ -113,7 +113,7 @@ def test_gates_that_flip_under_a_fixed_policy_are_all_gating() -> None:
 
 def test_a_new_policy_on_fixed_features_is_shift_y_and_intercept() -> None:
     pre, beta, scale, groups = linear_problem()
-    ones, new = np.ones_like(pre), beta + [[0.5, 0.0], [0.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
+    ones, new = np.ones_like(pre), beta + np.array([[0.5, 0.0], [0.0, 0.0], [0.0, -1.0], [0.0, 0.0]])
     before, after = State(pre, ones, 0.3 + pre / scale @ beta), State(pre, ones, 0.1 + pre / scale @ new)
     result = account(before, after, scale=scale, lam=1e-9, groups=groups)
     only(result, ("shift_y", "intercept"))

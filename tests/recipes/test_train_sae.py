@@ -34,7 +34,7 @@ from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOK = "blocks.1.hook_resid_post"
-WORDS = "steal car write threat neighbour forge ticket train name rivers soup cold evening joke tea raining".split()
+WORDS = ("steal", "car", "write", "threat", "forge", "ticket", "train", "name", "rivers", "soup", "cold", "joke", "tea")
 
 
 def chats(count: int = 60) -> list[list[dict[str, str]]]:

@@ -54,7 +54,8 @@ def make_start(
     policy = PolicyRecord(
         features=np.array([7, 42]), scale=np.ones(2), lam=1.0, coef=np.zeros((2, m)), intercept=np.zeros(m),
         behaviours=behaviours, target="probability", quality=(PolicyQuality(0.9, 0.8, None, {}),) * m, edf=2.0,
-        condition=1.0, route="primal", origin=np.zeros(2), labels=(FeatureLabel(7, (("f0", 1.0),), (" sorry",), (" sure",)),),
+        condition=1.0, route="primal", origin=np.zeros(2),
+        labels=(FeatureLabel(7, (("f0", 1.0),), (" sorry",), (" sure",)),),
     )  # fmt: skip
     baseline = WindowRecord(
         step=0, first_step=0, skipped=(), status="ok", seconds=0.5, snapshot=_snapshot(0, y), coef=np.zeros((2, m)),
