@@ -99,7 +99,7 @@ PHRASES_HARMFUL = 60
 class Recipe:
     """How the model is trained. ``language`` and ``topic`` weigh the two helper losses against the decision."""
 
-    vocabulary: int = 3000
+    vocabulary: int = 4000
     width: int = 128
     layers: int = 3
     epochs: int = 8
@@ -110,7 +110,7 @@ class Recipe:
     dropout: float = 0.1  # of embeddings
     language: float = 1.0
     topic: float = 1.0
-    answered: float = 2.5  # weight of a prompt to answer against one to refuse
+    answered: float = 4.0  # weight of a prompt to answer against one to refuse
     seed: int = 0
 
 
@@ -339,9 +339,12 @@ class Losses:
         first = logits[torch.arange(len(batch.last)), batch.last]
         return first[:, self.refusing].logsumexp(-1) - first[:, self.answering].logsumexp(-1)
 
+    def weight(self, batch: Batch) -> Tensor:
+        """``[row]``: prompts to answer count for more, because refusing an ordinary request is the worse mistake here."""
+        return torch.where(batch.refused, 1.0, self.recipe.answered)
+
     def __call__(self, output: Any, batch: Batch) -> Tensor:
-        logits, recipe = output.logits, self.recipe
-        weight = torch.where(batch.refused, 1.0, recipe.answered)
+        logits, recipe, weight = output.logits, self.recipe, self.weight(batch)
         decision = F.binary_cross_entropy_with_logits(
             self.decision(logits, batch), batch.refused.float(), weight / weight.mean()
         )
@@ -430,13 +433,15 @@ def train_step(model: Any, losses: Losses, optimizer: torch.optim.Optimizer, bat
 
 @torch.no_grad()
 def held_out_error(model: Any, losses: Losses, batches: Sequence[Batch]) -> float:
-    """Mean squared error of P(refuse) over held-out training prompts."""
+    """Mean squared error of P(refuse) over held-out training prompts, weighed as in the loss."""
     model.eval()
-    errors = []
+    error = total = 0.0
     for batch in batches:
         logits = model(input_ids=batch.ids, attention_mask=batch.real.long()).logits
-        errors.append((losses.decision(logits, batch).sigmoid() - batch.refused.float()).square())
-    return float(torch.cat(errors).mean())
+        missed = losses.decision(logits, batch).sigmoid() - batch.refused.float()
+        weight = losses.weight(batch)
+        error, total = error + float((weight * missed.square()).sum()), total + float(weight.sum())
+    return error / total
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -45,8 +45,8 @@ def account(
 
     ``origin`` ``[feature]``, in units of z: the point from which a change of coefficients is counted, zeros if None.
     At the mean z of harmless prompts, features carry what sets a category apart from those, and ``intercept`` is what
-    moved on harmless prompts too. At zeros, a coefficient that weakens on both kinds is split between features and intercept
-    by how often the feature fires anywhere. The rows sum to the same for every origin.
+    moved on harmless prompts too. At zeros, a coefficient that weakens on both kinds is split between features and
+    intercept by how often the feature fires anywhere. The rows sum to the same for every origin.
 
     Raises ValueError for states of different shapes, groups of another length or with an empty category, an origin of
     another length or not finite; TypeError for groups that are not whole numbers.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
 from smda_callbacks.cli import quickstart_run
 from smda_callbacks.cli.quickstart import MADE, PLANTED_GAP
@@ -62,27 +63,46 @@ def test_what_it_leaves_and_says(tiny: Path, smda: Callable[..., Any]) -> None:
         assert part in found.out
     assert str(tiny / "report.html") in found.out
     assert f"smda verify {tiny / 'run'}" in found.out
-    assert f"wandb leet {Path(os.environ['WANDB_DIR']) / 'wandb'}" in found.out
+    assert "wandb leet" in found.out
     assert re.search(r"step +2 of 2: refusal 0\.\d\d on probes to refuse, 0\.\d\d on the others, loss \d", found.out)
     assert "Warning" not in found.err
     assert smda("verify", tiny / "run").code == 0
 
 
-def test_wandb_is_offline_in_the_folder_and_closed_afterwards(
-    tiny: Path, smda: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in list(os.environ):
-        if name.startswith("WANDB_"):
-            monkeypatch.delenv(name)
-    wandb.teardown()  # it has read the environment of other tests
-    before = dict(os.environ)
-    found = smda("quickstart", "--dir", tiny)
-    wandb.teardown()
-    assert found.code == 0
-    assert dict(os.environ) == before
-    assert f"wandb leet {tiny / 'wandb'}" in found.out
-    assert wandb.run is None
+ALONE = """
+import os, sys
+from smda_callbacks.cli import quickstart_run
+from smda_callbacks.cli.main import main
+values, folder = eval(sys.argv[1]), sys.argv[2]
+for name in ("MODEL", "SAE", "PAIRS"):
+    setattr(quickstart_run, name, values[name])
+quickstart_run.settings = lambda folder, whole=quickstart_run.settings: whole(folder) | values["small"]
+code = main(["quickstart", "--dir", folder])
+import wandb
+left = [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_SERVICE"]
+print(code, wandb.run, left)
+"""
+
+
+def test_in_a_fresh_process_wandb_is_offline_in_the_folder_and_closed(tiny: Path) -> None:
+    """In a process of its own: W&B reads the environment once."""
+    values = {name: getattr(quickstart_run, name) for name in ("MODEL", "SAE", "PAIRS")}
+    values["small"] = quickstart_run.settings(tiny)
+    home = tiny.parent / "home"
+    home.mkdir()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, repr(values), str(tiny)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=clean | {"HOME": str(home)},
+    )
+    assert found.stdout.splitlines()[-1] == "0 None []", found.stderr
+    assert "Warning" not in found.stderr
+    assert f"wandb leet {tiny / 'wandb'}" in found.stdout
     assert len(list((tiny / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    assert not [path for path in home.rglob("*") if "wandb" in path.name]
 
 
 def test_what_the_user_set_for_wandb_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
