@@ -11,7 +11,8 @@
 * ``refit_speedup_16k``, ``..._131k``: scikit-learn's Ridge on the dense matrix over the library's refit on its
   non-zeros, at 400 probes (``..._n200``: 200), in processor time. ``refit_max_abs_diff``: how far they are apart.
 
-Every figure is the median over repetitions, with its range. Set OMP_NUM_THREADS for more threads than one.
+Every figure is the median over repetitions (a difference: the largest), with its range. Set OMP_NUM_THREADS for more
+threads than one.
 """
 
 from __future__ import annotations

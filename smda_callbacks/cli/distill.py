@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smda_callbacks.cli.inputs import InputError, add_inputs, instrument_of, load_model, resolve_config
+from smda_callbacks.cli.inputs import InputError, add_inputs, load_model, resolve_config
 from smda_callbacks.cli.output import Screen, add_json, count, number, screen, show_table
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     plan = build_plan(config)
     model, tokenizer = load_model(config)
-    full = instrument_of(plan, plan.load_sae(), model, tokenizer)
+    full = plan.instrument(model, tokenizer, plan.load_sae())
     policy, narrowed, reading = distil(full, model, tokenizer, plan.distil)
     snapshot, probes = narrowed.snapshot(0, reading), plan.probes.probes
     gaps = gaps_of(snapshot, policy, probes, {"coef": policy.coef, "intercept": policy.intercept})
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     show_gaps(out, gaps)
     say_lambda(out, policy)
     if args.out is not None:
+        from smda_callbacks.sinks.store import write_policy
+
         write_policy(args.out, policy)
         out.say(f"Saved in {args.out}. To start runs from it: policy.path: {args.out} in the configuration.")
     out.emit({**facts_of(policy, probes), "formulas": formulas, "gaps": gaps, "out": args.out and str(args.out)})
@@ -72,19 +74,6 @@ def check_free(folder: Path) -> None:
             f"{folder} holds {' and '.join(there) or 'a file'} already, and nothing is overwritten. Next step: choose "
             "another folder, or remove it."
         )
-
-
-def write_policy(folder: Path, policy: PolicyRecord) -> None:
-    """Save a policy as a run store does, so that it is read back the same way."""
-    from safetensors.numpy import save
-
-    from smda_callbacks.sinks import files
-    from smda_callbacks.sinks.codec import encode
-
-    folder.mkdir(parents=True, exist_ok=True)
-    value, arrays = encode(policy)
-    files.write_atomic(folder / f"{files.POLICY}.safetensors", save(arrays))
-    files.write_json(folder / f"{files.POLICY}.json", value)
 
 
 def formulas_of(policy: PolicyRecord, n: int, x_max: Any, top: int = 12) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,9 +11,6 @@ from smda_callbacks.records import Expected
 
 if TYPE_CHECKING:
     from smda_callbacks.config.schema import SMDAConfig
-    from smda_callbacks.observe.instrument import Instrument
-    from smda_callbacks.observe.sae import SAEHandle
-    from smda_callbacks.training.plan import Plan
 
 _EXPECTED = get_args(Expected)
 
@@ -138,27 +134,3 @@ def quiet_libraries() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def instrument_of(plan: Plan, handle: SAEHandle, model: Any, tokenizer: Any) -> Instrument:
-    """The instrument that a run of this plan would read with.
-
-    Raises:
-        SAEError, HookError, ProbeError, PrefixError, ValueError: what does not fit together.
-    """
-    from smda_callbacks.observe.instrument import build_instrument
-
-    options: Mapping[str, Any] = {
-        name: getattr(plan, name)
-        for name in (
-            "scorers",
-            "contrast",
-            "target",
-            "readout",
-            "batch_size",
-            "system",
-            "template",
-            "allow_model_mismatch",
-        )
-    }
-    return build_instrument(model, tokenizer, handle, plan.probes, **options)

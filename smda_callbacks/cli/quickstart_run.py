@@ -16,7 +16,7 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 

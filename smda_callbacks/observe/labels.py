@@ -52,8 +52,10 @@ def _token_effects(
     with torch.no_grad():
         directions = handle.sae.W_dec[torch.as_tensor(features, device=handle.sae.W_dec.device)]
         effects = directions.to(unembedding.device, unembedding.dtype) @ unembedding.T
-        high = effects.topk(top, dim=1).indices.tolist()
-        low = (-effects).topk(top, dim=1).indices.tolist()
+        special = torch.zeros(effects.shape[1], dtype=torch.bool, device=effects.device)
+        special[tokenizer.all_special_ids] = True  # <pad> and the like are never said: they say nothing of a feature
+        high = effects.masked_fill(special, -torch.inf).topk(top, dim=1).indices.tolist()
+        low = (-effects).masked_fill(special, -torch.inf).topk(top, dim=1).indices.tolist()
     return _words(tokenizer, high), _words(tokenizer, low)
 
 

@@ -13,7 +13,16 @@ from typing import Any
 
 from safetensors.numpy import save
 
-from smda_callbacks.records import SCHEMA_VERSION, Alert, RunEnd, RunStart, WindowRecord, policy_hash, probe_hash
+from smda_callbacks.records import (
+    SCHEMA_VERSION,
+    Alert,
+    PolicyRecord,
+    RunEnd,
+    RunStart,
+    WindowRecord,
+    policy_hash,
+    probe_hash,
+)
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.codec import dumps, encode
 from smda_callbacks.sinks.files import StoreError
@@ -153,14 +162,20 @@ def _manifest(start: RunStart) -> dict[str, Any]:
     return {"schema_version": SCHEMA_VERSION, **rest}
 
 
+def write_policy(folder: Path, policy: PolicyRecord) -> None:
+    """Save a policy, so that :func:`~smda_callbacks.sinks.store_reader.read_policy` reads it back bit for bit."""
+    folder.mkdir(parents=True, exist_ok=True)
+    value, arrays = encode(policy)
+    files.write_atomic(folder / f"{files.POLICY}.safetensors", save(arrays))
+    files.write_json(folder / f"{files.POLICY}.json", value)
+
+
 def _write_head(path: Path, start: RunStart, manifest: Mapping[str, Any]) -> None:
     """Everything known before training. The manifest comes last: with it the folder becomes a store."""
     dumps([manifest, start.gaps])  # refuses what JSON cannot hold before the first file is there
     (path / files.STEPS).mkdir(parents=True, exist_ok=True)
     files.write_atomic(path / files.PROBES, "".join(dumps(vars(probe)) + "\n" for probe in start.probes).encode())
-    value, arrays = encode(start.policy)
-    files.write_atomic(path / f"{files.POLICY}.safetensors", save(arrays))
-    files.write_json(path / f"{files.POLICY}.json", value)
+    write_policy(path, start.policy)
     if start.noise is not None:
         files.write_record(path / files.NOISE, start.noise)
     files.write_json(path / files.GAPS, list(start.gaps))

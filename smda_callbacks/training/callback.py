@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from typing import Any
 
 from torch import nn
@@ -134,7 +135,7 @@ def show_log() -> None:
 
     class BarFriendly(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(f"[smda] {record.getMessage()}")
+            tqdm.write(f"[smda] {record.getMessage()}", file=sys.stderr)
 
     logger.addHandler(BarFriendly())
     logger.setLevel(logging.INFO)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from smda_callbacks.observe.distil import distil
 from smda_callbacks.observe.health import HealthMeter
-from smda_callbacks.observe.instrument import Instrument, build_instrument
+from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
 from smda_callbacks.records import Alert, NoiseFloor, PolicyRecord, RunEnd, RunStart, SAEHealth, WindowRecord
@@ -35,20 +35,7 @@ class Monitor:
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
         self.sinks = tuple(plan.make_sinks(args))  # first: a folder that cannot be written is refused at once
         self.policy: PolicyRecord
-        full = build_instrument(
-            model,
-            tokenizer,
-            plan.load_sae(),
-            plan.probes,
-            scorers=plan.scorers,
-            contrast=plan.contrast,
-            target=plan.target,
-            readout=plan.readout,
-            batch_size=plan.batch_size,
-            system=plan.system,
-            template=plan.template,
-            allow_model_mismatch=plan.allow_model_mismatch,
-        )
+        full = plan.instrument(model, tokenizer, plan.load_sae())
         if plan.policy is None:
             self.policy, self.instrument, reading = distil(full, model, tokenizer, plan.distil)
         else:
@@ -83,7 +70,9 @@ class Monitor:
     def _noise(self, model: nn.Module, args: Any) -> NoiseFloor | None:
         if self.plan.noise_draws == 0 or args.learning_rate <= 0:
             return None
-        bar = tqdm(total=2 * self.plan.noise_draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False)
+        bar = tqdm(
+            total=2 * self.plan.noise_draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None
+        )
         with bar:
             return measure_noise(
                 self.instrument,

@@ -6,10 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import nn
+
 from smda_callbacks.observe.behaviour import Scorer, prefix_probability
 from smda_callbacks.observe.distil import DistilOptions
 from smda_callbacks.observe.features import Readout
-from smda_callbacks.observe.instrument import Target
+from smda_callbacks.observe.instrument import Instrument, Target, build_instrument
 from smda_callbacks.observe.prefixes import COMPLIANCES
 from smda_callbacks.observe.probes import ProbeSet
 from smda_callbacks.observe.sae import SAEHandle
@@ -55,6 +57,27 @@ class Plan:
     make_sinks: SinkMaker = lambda _: ()
     config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+
+    def instrument(self, model: nn.Module, tokenizer: Any, handle: SAEHandle) -> Instrument:
+        """The instrument that a run of this plan reads ``model`` with.
+
+        Raises:
+            SAEError, HookError, ProbeError, PrefixError, ValueError: what does not fit together.
+        """
+        return build_instrument(
+            model,
+            tokenizer,
+            handle,
+            self.probes,
+            scorers=self.scorers,
+            contrast=self.contrast,
+            target=self.target,
+            readout=self.readout,
+            batch_size=self.batch_size,
+            system=self.system,
+            template=self.template,
+            allow_model_mismatch=self.allow_model_mismatch,
+        )
 
     def __post_init__(self) -> None:
         for name in ("every", "health_every", "batch_size"):

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 
 from smda_callbacks import SMDACallback
-from smda_callbacks.cli.distill import write_policy
 from smda_callbacks.config import build
 from smda_callbacks.config.build import build_plan, build_probes, build_sinks, builtin_path
 from smda_callbacks.config.load import check_config
 from smda_callbacks.config.schema import ProbesConfig, SMDAConfig
 from smda_callbacks.observe.probes import FORMATS, ProbeError
 from smda_callbacks.sinks.files import LOGGED, POLICY, StoreError
-from smda_callbacks.sinks.store import StoreSink
+from smda_callbacks.sinks.store import StoreSink, write_policy
 from smda_callbacks.sinks.wandb_sink import WandbSink
 from smda_callbacks.training.plan import Plan
 from tests.helpers.equal import assert_same

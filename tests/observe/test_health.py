@@ -79,7 +79,8 @@ def test_delta_fvu_of_an_sae_that_normalises_its_input(norm: str) -> None:
     assert found.delta_fvu == pytest.approx((plain.square().sum() / change.square().sum()).item(), rel=1e-5)
 
     def pre(hidden: Tensor) -> Tensor:
-        return sae.process_sae_in(hidden) @ sae.W_enc + sae.b_enc
+        values: Tensor = sae.process_sae_in(hidden) @ sae.W_enc + sae.b_enc
+        return values
 
     scale = torch.ones(20, 1)
     if norm == "layer_norm":

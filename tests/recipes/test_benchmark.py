@@ -6,15 +6,15 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from recipes import benchmark_maths
-from recipes.benchmark_maths import Figure, in_turns, refit, refit_at, sparse_problem
+from recipes.benchmark_maths import Figure, Times, in_turns, refit, refit_at, sparse_problem
 from smda_callbacks.maths.ridge import fit_ridge
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -45,23 +45,21 @@ def test_the_verdict_is_on_the_median(value: float, target: str | None, ok: bool
     assert str(figure).split()[-1] == said
 
 
-def test_turns_alternate_and_the_first_does_not_count() -> None:
+def test_turns_alternate_and_the_first_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the timed functions move: the k-th call of each takes k, of which the processor a part."""
+    clock = SimpleNamespace(wall=0.0, cpu=0.0)
+    fake = SimpleNamespace(perf_counter=lambda: clock.wall, process_time=lambda: clock.cpu)
+    monkeypatch.setattr(benchmark_maths, "time", fake)
     calls: list[str] = []
 
-    def first() -> None:
-        calls.append("a")
-        time.sleep(0.3 if len(calls) == 1 else 0.03)  # waits, which takes no processor time
+    def advance(name: str, wall: float, cpu: float) -> None:
+        calls.append(name)
+        clock.wall += wall * calls.count(name)
+        clock.cpu += cpu * calls.count(name)
 
-    def second() -> None:
-        calls.append("b")
-
-    turns = in_turns(first, second, 3)
+    turns = in_turns(lambda: advance("a", 10.0, 4.0), lambda: advance("b", 1.0, 0.5), 3)
     assert calls == ["a", "b"] * 4
-    assert len(turns) == 3
-    for a, b in turns:
-        assert 0.03 <= a.wall < 0.3
-        assert a.cpu < 0.02
-        assert b.wall < a.wall
+    assert turns == [(Times(10.0 * k, 4.0 * k), Times(1.0 * k, 0.5 * k)) for k in (2, 3, 4)]
 
 
 def test_features_follow_zipfs_law_without_repetition() -> None:
@@ -92,6 +90,7 @@ def test_the_refits_figures_and_their_names() -> None:
         "refit_max_abs_diff",
     ]  # fmt: skip
     assert len(found[-1].values) == 4
+    assert found[-1].value == max(found[-1].values)
     assert found[-1].ok
 
 
