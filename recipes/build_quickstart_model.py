@@ -91,7 +91,7 @@ SFT_REFUSED = ("violence", "weapons", "self_harm", "extremism", "harassment", "m
 SFT_BENIGN = 60
 
 #: Phrases drawn anew for every epoch, per category.
-PHRASES = {"benign": 1600, "borderline": 400, PLANTED_GAP: 250}
+PHRASES = {"benign": 1600, "borderline": 400, PLANTED_GAP: 400}
 PHRASES_HARMFUL = 60
 
 
@@ -110,7 +110,7 @@ class Recipe:
     dropout: float = 0.1  # of embeddings
     language: float = 1.0
     topic: float = 1.0
-    answered: float = 3.0  # weight of a prompt to answer against one to refuse
+    answered: float = 4.5  # weight of a prompt to answer against one to refuse
     seed: int = 0
 
 

@@ -24,7 +24,7 @@ from smda_callbacks.maths.account import account
 from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.quality import cv_r2
 from smda_callbacks.maths.ridge import diagnose, fit_ridge, lambda_grid, loo_path, predict
-from smda_callbacks.maths.support import choose_support, feature_scale, strongest_within
+from smda_callbacks.maths.support import choose_support, feature_scale, strongest_keeping
 from smda_callbacks.maths.uncertainty import halves
 
 Array = NDArray[np.float64]
@@ -94,10 +94,9 @@ def choose(x: Array, y: Array, choice: Choice) -> Policy:
     return Policy(features, scale, pick(path.lams, error, choice.tolerance))
 
 
-def strongest_keeping(lams: Array, error: Array, tolerance: float) -> float:
-    """The largest λ that keeps ``1 - tolerance`` of the best R² = 1 - ``error [lam]``; the best where R² is not > 0."""
-    r2 = 1 - error
-    return float(np.max(lams[r2 >= r2.max() * (1 - tolerance)])) if r2.max() > 0 else float(lams[np.argmax(r2)])
+def strongest_within(lams: Array, error: Array, tolerance: float) -> float:
+    """The rule that was tried and left: the largest λ whose error is within ``tolerance`` (relative) of the lowest."""
+    return float(np.max(lams[error <= error.min() * (1 + tolerance)]))
 
 
 def fit_quality(x: Array, y: Array, choice: Choice, groups: Index) -> tuple[float, float]:

@@ -104,10 +104,10 @@ class PolicyConfig(Section):
     """How the policy is distilled, or where a saved one lies."""
 
     path: str | None = None
-    support: int = Field(64, ge=1)
+    support: int = Field(16, ge=1)
     min_active: int = Field(8, ge=1)
     lam: Literal["auto"] | float = "auto"
-    lam_tolerance: float = Field(0.05, ge=0)
+    lam_tolerance: float = Field(0.2, ge=0, lt=1)
     cv_folds: int = Field(10, ge=0)
 
     @field_validator("lam")

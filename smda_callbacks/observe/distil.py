@@ -10,7 +10,7 @@ from torch import nn
 
 from smda_callbacks.maths.quality import category_quality, cv_r2
 from smda_callbacks.maths.ridge import RidgeFit, diagnose, fit_ridge, lambda_grid, loo_path, predict
-from smda_callbacks.maths.support import choose_support, feature_scale, strongest_within
+from smda_callbacks.maths.support import choose_support, feature_scale, strongest_keeping
 from smda_callbacks.observe.activations import model_id
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.labels import label_features
@@ -22,13 +22,14 @@ from smda_callbacks.records import Array, PolicyQuality, PolicyRecord
 class DistilOptions:
     """How a policy is distilled.
 
-    ``lam`` None: chosen by leave-one-out, the strongest penalty within ``lam_tolerance`` of the lowest error.
+    ``lam`` None: chosen by leave-one-out, the strongest penalty that gives up at most ``lam_tolerance`` of the best R².
+    The defaults are those of ``recipes/EVIDENCE.md``: few features and a strong penalty make shifts reproducible.
     """
 
-    support: int = 64
+    support: int = 16
     min_active: int = 8
     lam: float | None = None
-    lam_tolerance: float = 0.05
+    lam_tolerance: float = 0.2
     cv_folds: int = 10
     seed: int = 0
 
@@ -78,7 +79,7 @@ def fit_policy(
     scale = feature_scale(chosen)
     grid = loo_path(chosen, y, lambda_grid(), scale=scale)
     error = (grid.mse / y.var(axis=0)).mean(axis=1)
-    lam = options.lam if options.lam is not None else strongest_within(grid.lams, error, options.lam_tolerance)
+    lam = options.lam if options.lam is not None else strongest_keeping(grid.lams, error, options.lam_tolerance)
     fit = fit_ridge(chosen, y, lam, scale=scale)
     quality = diagnose(chosen, y, fit, scale=scale)
     probes = instrument.probes
@@ -117,7 +118,7 @@ def honest_r2(x: Array, y: Array, groups: np.ndarray, options: DistilOptions) ->
         scale = feature_scale(chosen[train])
         grid = loo_path(chosen[train], y[train], lambda_grid(), scale=scale)
         error = (grid.mse / y[train].var(axis=0)).mean(axis=1)
-        lam = options.lam if options.lam is not None else strongest_within(grid.lams, error, options.lam_tolerance)
+        lam = options.lam if options.lam is not None else strongest_keeping(grid.lams, error, options.lam_tolerance)
         fit: RidgeFit = fit_ridge(chosen[train], y[train], lam, scale=scale)
         return lambda rows: predict(chosen[rows], fit, scale=scale)
 

@@ -65,7 +65,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
     "policy.support": (7, 7, lambda plan: plan.distil.support),
     "policy.min_active": (3, 3, lambda plan: plan.distil.min_active),
     "policy.lam": (12.5, 12.5, lambda plan: plan.distil.lam),
-    "policy.lam_tolerance": (0.2, 0.2, lambda plan: plan.distil.lam_tolerance),
+    "policy.lam_tolerance": (0.1, 0.1, lambda plan: plan.distil.lam_tolerance),
     "policy.cv_folds": (4, 4, lambda plan: plan.distil.cv_folds),
     "measure.every": (5, 5, lambda plan: plan.every),
     "measure.health_every": (6, 6, lambda plan: plan.health_every),

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from sklearn.linear_model import Ridge
 
+from smda_callbacks.maths.support import strongest_keeping
 from smda_callbacks.observe.distil import DistilOptions, distil
 from smda_callbacks.observe.health import sae_health
 from smda_callbacks.observe.instrument import Instrument, build_instrument
@@ -61,7 +62,7 @@ def test_support_is_active_often_enough_and_lambda_is_as_strong_as_tolerated(mod
     assert ((baseline.gate > 0).sum(0) >= OPTIONS.min_active).all()
     assert len(policy.features) == OPTIONS.support
     lams, errors = np.array(policy.lam_grid).T
-    assert policy.lam == lams[errors <= errors.min() * 1.05].max()
+    assert policy.lam == strongest_keeping(lams, errors, OPTIONS.lam_tolerance)
     fixed, _, _ = distil(full, model, tiny_tokenizer(), DistilOptions(support=6, min_active=3, lam=7.0, cv_folds=0))
     assert (fixed.lam, fixed.quality[0].r2_cv) == (7.0, None)
 
