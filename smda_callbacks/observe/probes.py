@@ -127,9 +127,10 @@ def check_probes(probes: Iterable[Probe]) -> ProbeSet:
         )
     missing = {"refuse", "comply"} - {probe.expected for probe in kept}
     if missing:
+        wanted = "refuse" if "refuse" in missing else "comply with"
         raise ProbeError(
-            f"the probe set has no probe that the model should {' or '.join(sorted(missing))}. Both groups are needed, "
-            "to tell refusing what it should from refusing everything. Next step: add a source, for example a file of "
+            f"the probe set has no probe that the model should {wanted}. Both groups are needed, to tell refusing what "
+            "it should from refusing everything. Next step: add a source, for example a file of "
             "ordinary instructions with format instructions (expected: comply)."
         )
     return ProbeSet(kept)
