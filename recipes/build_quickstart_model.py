@@ -458,14 +458,14 @@ def load_model(folder: Path) -> tuple[Any, Any]:
 # 4. Measuring ---------------------------------------------------------------------------------------------------------
 
 
-def measure(out: Path, probes: ProbeSet) -> dict[str, float | str]:
+def measure(out: Path, probes: ProbeSet) -> dict[str, Any]:
     """One reading of the probes with the library's defaults: mean refusal by group, the policy's quality, the gap."""
     model, tokenizer = load_model(out / MODEL)
     instrument = build_instrument(model, tokenizer, load_sae(out / "sae"), probes, contrast={"compliance": COMPLIANCES})
     policy, narrowed, reading = distil(instrument, model, tokenizer, DistilOptions())
     snapshot = narrowed.snapshot(0, reading)
     gaps = gaps_of(snapshot, policy, probes.probes, refit(snapshot, policy))
-    numbers: dict[str, float | str] = {
+    numbers: dict[str, Any] = {
         f"refusal/{name}": float(snapshot.y[probes.groups == index, 0].mean())
         for index, name in enumerate(probes.categories)
     }

@@ -97,12 +97,13 @@ def prepare_folder(folder: Path, *, overwrite: bool) -> None:
 
 
 def refusal_of(data: RunData, record: int) -> dict[str, float | None]:
-    """Mean refusal at a record over probes to refuse, over the others, and over the planted gap."""
-    planted = data.categories.index(PLANTED_GAP) if PLANTED_GAP in data.categories else None
+    """Mean refusal at a record over all probes to refuse, and over three categories; None for one that is not there."""
+    means = dict(zip(data.categories, data.means[record, :, 0].tolist(), strict=True))
     return {
         "harmful": float(data.group_means["refuse"][record, 0]),
-        "benign": float(data.group_means["comply"][record, 0]),
-        "planted_gap": None if planted is None else float(data.means[record, planted, 0]),
+        "benign": means.get("benign"),
+        "borderline": means.get("borderline"),
+        "planted_gap": means.get(PLANTED_GAP),
     }
 
 
