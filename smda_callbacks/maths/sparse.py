@@ -122,7 +122,6 @@ def centred_gram(x: SparseRows) -> Array:
     cancellation of centring afterwards. The others, most of a dictionary, contribute a handful of pairs each.
     """
     n = x.shape[0]
-    _reserve(n)
     rows, counts = x.rows, np.bincount(x.indices, minlength=x.shape[1])
     limit = max(1, n // _HEAVY)
     slot = np.empty(x.shape[1], dtype=np.int64)  # set, and read, for the chosen columns only
@@ -141,16 +140,6 @@ def centred_gram(x: SparseRows) -> Array:
     gram -= mean
     gram -= mean[:, None]
     return gram
-
-
-def _reserve(n: int) -> None:
-    """Ask for the memory of a refit in one piece and give it back untouched, which costs nothing.
-
-    glibc then keeps what the refit frees for the next one, instead of returning it to the system and taking page
-    faults that cost more than the arithmetic (measured: 1.8 to 1.1 ms at 200 probes, 6.1 to 3.5 ms at 400).
-    Its thresholds stop at 32 MiB, so larger requests would do nothing.
-    """
-    np.empty(min(8 * n * n, 3_500_000))
 
 
 def _dense_columns(x: SparseRows, rows: Index, entries: Index, columns: Index, slot: Index) -> Array:
