@@ -93,6 +93,8 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def arguments(folder: Path) -> SFTConfig:
     """The trainer's arguments: float32 on one thread, one epoch, every step logged."""
+    names = SFTConfig.__dataclass_fields__  # this argument changed its name in transformers 5.23
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     return SFTConfig(
         output_dir=str(folder / "trainer"),
         num_train_epochs=1,
@@ -101,11 +103,11 @@ def arguments(folder: Path) -> SFTConfig:
         lr_scheduler_type="constant",
         max_length=128,
         bf16=False,
-        activation_checkpointing=False,
         use_cpu=True,
         logging_steps=1,
         save_strategy="no",
         report_to=["wandb"],
+        **{checkpointing: False},
         disable_tqdm=True,
         seed=SEED,
         data_seed=SEED,

@@ -60,7 +60,7 @@ def strongest_keeping(lams: Array, error: Array, tolerance: float) -> float:
 
     Prediction is flat over decades of λ, while the shift of a weakly penalised policy depends on which probes were
     asked: giving up a fifth of R² raised split-half reliability from 0.1 to 0.4 to above 0.7 (recipes/EVIDENCE.md). The
-    same idea as the one-standard-error rule (Hastie, Tibshirani & Friedman, The Elements of Statistical Learning, 7.10).
+    same idea as the one-standard-error rule (Hastie, Tibshirani & Friedman, Elements of Statistical Learning, 7.10).
 
     Args:
         lams: ``[lam]``.

@@ -48,7 +48,8 @@ def own_settings(project: str | None, mode: str | None) -> dict[str, Any]:
     wanted = {"project": project or PROJECT, "mode": mode, **DEFAULTS}
     known = set(wandb.setup().settings.model_fields_set)
     known |= {name for name in wanted if f"WANDB_{name.upper()}" in os.environ}
-    return {name: value for name, value in wanted.items() if value is not None and name not in known}
+    offered = wandb.Settings.model_fields  # some of DEFAULTS came with wandb 0.31
+    return {name: v for name, v in wanted.items() if v is not None and name not in known and name in offered}
 
 
 def define(run: Any, names: Iterable[str]) -> None:

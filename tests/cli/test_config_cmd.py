@@ -62,7 +62,7 @@ def test_show_writes_every_key_and_reads_back_as_the_same(folder: Path, smda: Ca
     again = folder / "again.yaml"
     again.write_text(shown.out)
     assert load_config(again) == load_config(folder / "good.yaml")
-    assert yaml.safe_load(shown.out)["policy"]["support"] == 64
+    assert yaml.safe_load(shown.out)["policy"]["support"] == 16
 
 
 def test_show_refuses_a_faulty_file_with_its_faults(folder: Path, smda: Callable[..., Any]) -> None:

@@ -46,7 +46,7 @@ def test_scaling_a_feature_does_not_change_the_choice_and_shuffling_renames_it()
 
 def test_nothing_to_choose_is_refused() -> None:
     x, y = planted(n=50)
-    with pytest.raises(ValueError, match=r"no feature is active on at least 51 of 50 probes \(the most active one fires"):
+    with pytest.raises(ValueError, match=r"is active on at least 51 of 50 probes \(the most active one fires"):
         choose_support(x, y, size=4, min_active=51)
     with pytest.raises(ValueError, match=r"size and min_active must be at least 1, got size=0"):
         choose_support(x, y, size=0, min_active=1)
