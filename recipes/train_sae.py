@@ -27,21 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    LoggingConfig,
-    SAETrainer,
-    StandardTrainingSAE,
-    StandardTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from datasets import load_dataset
+from sae_lens import LoggingConfig, SAETrainer
 from sae_lens.config import SAETrainerConfig
+from sae_lens.registry import get_sae_training_class
 from sae_lens.training.mixing_buffer import mixing_buffer
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence as pad
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs without installing, too
@@ -104,19 +96,14 @@ class Report:
         )
 
 
-# 1. Chats -------------------------------------------------------------------------------------------------------------
-
-
 def read_rows(source: str) -> list[dict[str, Any]]:
     """Rows of a JSONL file or of a data set (``owner/name`` or ``owner/name:split``)."""
     if Path(source).is_file():
         return [json.loads(line) for line in Path(source).read_text(encoding="utf-8").splitlines() if line.strip()]
     if source.endswith(".jsonl"):
         raise FileNotFoundError(f"{source!r} does not exist. Next step: check the path.")
-    import datasets  # only when a data set is named: the import is slow
-
     name, _, split = source.partition(":")
-    return list(datasets.load_dataset(name, split=split or "train"))
+    return list(load_dataset(name, split=split or "train"))
 
 
 def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
@@ -125,19 +112,16 @@ def messages_of(row: dict[str, Any]) -> list[dict[str, str]]:
         return list(row["messages"])
     if "prompt" not in row:
         raise ValueError(f"row has columns {', '.join(row)}. Allowed: messages, or prompt (and completion).")
-    parts = (("user", row["prompt"]), ("assistant", row.get("completion")))
     messages: list[dict[str, str]] = []
-    for role, part in parts:
+    for role, part in (("user", row["prompt"]), ("assistant", row.get("completion"))):
         messages += [{"role": role, "content": part}] if isinstance(part, str) else list(part or ())
     return messages
 
 
 def tokenize_chats(tokenizer: Any, chats: Sequence[list[dict[str, str]]], context: int) -> list[list[int]]:
     """Token ids of every chat under the chat template, cut at ``context``. A lone prompt gets the generation prompt."""
-    texts = [
-        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] == "user")
-        for chat in chats
-    ]
+    render = tokenizer.apply_chat_template
+    texts = [render(chat, tokenize=False, add_generation_prompt=chat[-1]["role"] == "user") for chat in chats]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return [tokens[:context] for tokens in ids if len(tokens) > 1]
 
@@ -147,9 +131,6 @@ def split_chats(ids: Tokens, *, share: float = 0.05, most: int = 500, seed: int 
     order = random.Random(seed).sample(range(len(ids)), len(ids))
     held = min(most, max(1, int(share * len(ids))))
     return [ids[k] for k in order[held:]], [ids[k] for k in order[:held]]
-
-
-# 2. Activations -------------------------------------------------------------------------------------------------------
 
 
 def default_layer(model: nn.Module) -> int:
@@ -163,14 +144,11 @@ def activations(model: nn.Module, ids: Tokens, hook: str, *, tokens_per_pass: in
     site, body = parse_hook(hook), unwrap(model).base_model  # the body has no language head, which is not needed here
     device = next(model.parameters()).device
     for chats in _passes(ids, tokens_per_pass):
-        lengths = torch.tensor([len(chat) for chat in chats])
-        position = torch.arange(int(lengths.max()))
-        real = position < lengths.unsqueeze(1)
-        inputs = torch.zeros(real.shape, dtype=torch.long)
-        inputs[real] = torch.tensor([token for chat in chats for token in chat])
+        rows = [torch.tensor(chat) for chat in chats]
+        inputs, real = (pad(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
         with captured(model, site) as seen:
-            body(input_ids=inputs.to(device), attention_mask=real.long().to(device), use_cache=False)
-        yield seen[0][(real & (position > 0)).to(device)].float()
+            body(input_ids=inputs.to(device), attention_mask=real.to(device), use_cache=False)
+        yield seen[0][:, 1:][real[:, 1:].bool().to(device)].float()
 
 
 def endless_activations(model: nn.Module, ids: Tokens, hook: str, seed: int) -> Iterator[Tensor]:
@@ -190,30 +168,18 @@ def _passes(ids: Tokens, tokens_per_pass: int) -> Iterator[list[list[int]]]:
     yield chats
 
 
-# 3. Training ----------------------------------------------------------------------------------------------------------
-
-
 def new_sae(options: SAEOptions, d_in: int, metadata: dict[str, Any]) -> Any:
     """An untrained SAE of sae-lens."""
     torch.manual_seed(options.seed)
-    shared: dict[str, Any] = {
-        "d_in": d_in,
-        "d_sae": options.d_sae,
-        "device": options.device,
-        "normalize_activations": "expected_average_only_in",
+    sparsity: dict[str, dict[str, Any]] = {
+        "topk": {"k": options.k},
+        "batchtopk": {"k": options.k, "topk_threshold_lr": threshold_lr(options.steps)},
+        "jumprelu": {"l0_coefficient": options.l0, "l0_warm_up_steps": options.steps // 10},
+        "standard": {"l1_coefficient": options.l1, "l1_warm_up_steps": options.steps // 10},
     }
-    config: Any
-    if options.architecture == "topk":
-        kind, config = TopKTrainingSAE, TopKTrainingSAEConfig(k=options.k, **shared)
-    elif options.architecture == "batchtopk":
-        config = BatchTopKTrainingSAEConfig(k=options.k, topk_threshold_lr=threshold_lr(options.steps), **shared)
-        kind = BatchTopKTrainingSAE
-    elif options.architecture == "jumprelu":
-        config = JumpReLUTrainingSAEConfig(l0_coefficient=options.l0, l0_warm_up_steps=options.steps // 10, **shared)
-        kind = JumpReLUTrainingSAE
-    else:
-        config = StandardTrainingSAEConfig(l1_coefficient=options.l1, l1_warm_up_steps=options.steps // 10, **shared)
-        kind = StandardTrainingSAE
+    kind, config_kind = get_sae_training_class(options.architecture)
+    shared = {"d_in": d_in, "d_sae": options.d_sae, "normalize_activations": "expected_average_only_in"}
+    config: Any = config_kind(device=options.device, **shared, **sparsity[options.architecture])
     for name, value in metadata.items():
         config.metadata[name] = value
     return kind(config)
@@ -241,8 +207,7 @@ def train_sae(sae: Any, source: Iterator[Tensor], options: SAEOptions) -> Any:
         n_batches_for_norm_estimate=min(100, steps),
         logger=LoggingConfig(log_to_wandb=False),
     )
-    batches = mixing_buffer(16 * options.batch, options.batch, source)
-    return SAETrainer(cfg=config, sae=sae, data_provider=batches).fit()
+    return SAETrainer(config, sae, mixing_buffer(16 * options.batch, options.batch, source)).fit()
 
 
 def metadata_of(model_name: str, hook: str, ids: Tokens, tokenizer: Any, context: int) -> dict[str, Any]:
@@ -254,9 +219,6 @@ def metadata_of(model_name: str, hook: str, ids: Tokens, tokenizer: Any, context
         "context_size": context,
         "neuronpedia_id": None,
     }
-
-
-# 4. Report ------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -292,15 +254,11 @@ def make_sae(
     train, held = split_chats(ids, seed=options.seed)
     hook = f"blocks.{layer}.hook_resid_post"
     metadata = metadata_of(model_name, hook, ids, tokenizer, context)
-    model = model.eval()
     sae = new_sae(options, unwrap(model).config.get_text_config().hidden_size, metadata)
-    sae = train_sae(sae, endless_activations(model, train, hook, options.seed), options)
+    sae = train_sae(sae, endless_activations(model.eval(), train, hook, options.seed), options)
     Path(out).mkdir(parents=True, exist_ok=True)
     sae.save_inference_model(str(out))
     return evaluate(load_sae(out, device=options.device), activations(model, held, hook))
-
-
-# Command line ---------------------------------------------------------------------------------------------------------
 
 
 def arguments() -> argparse.Namespace:
@@ -329,18 +287,8 @@ def main() -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").to(args.device)
     ids = tokenize_chats(tokenizer, [messages_of(row) for row in read_rows(args.data)], args.context)
     layer = default_layer(model) if args.layer is None else args.layer
-    width = unwrap(model).config.get_text_config().hidden_size
-    options = SAEOptions(
-        architecture=args.architecture,
-        d_sae=args.d_sae or 8 * width,
-        k=args.k,
-        l1=args.l1,
-        l0=args.l0,
-        tokens=args.tokens,
-        lr=args.lr,
-        seed=args.seed,
-        device=args.device,
-    )
+    given = {name: getattr(args, name) for name in ("architecture", "k", "l1", "l0", "tokens", "lr", "seed", "device")}
+    options = SAEOptions(d_sae=args.d_sae or 8 * unwrap(model).config.get_text_config().hidden_size, **given)
     print(f"{len(ids):,} chats, {sum(map(len, ids)):,} tokens; layer {layer}; {options}")
     report = make_sae(
         model, ids, options, args.out, layer=layer, model_name=args.model, tokenizer=tokenizer, context=args.context
