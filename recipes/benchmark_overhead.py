@@ -77,7 +77,7 @@ def measurement(options: Options) -> Iterator[Figure]:
     model, tokenizer = load(options)
     adapted: Any = get_peft_model(model, lora())
     plan = replace(build_plan(settings(options)), make_sinks=lambda _: (MemorySink(),), noise_draws=0, on_error="raise")
-    monitor = Monitor(plan, adapted.eval(), tokenizer, training_arguments(options, "unused"), 0)
+    monitor = Monitor(plan, adapted.eval(), tokenizer, training_arguments(options, "unused"), 0, 1e-3)
     batches = monitor.instrument.batches
     inputs, nodes = [batch.input_ids.to(options.device) for batch in batches.batches], len(batches.tree.tokens)
     steps = iter(range(1, options.repeats + 2))

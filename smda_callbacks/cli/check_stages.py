@@ -34,6 +34,7 @@ class Bench:
     model: Any = None
     tokenizer: Any = None
     prompt: str | None = None  # of the first probe
+    lead: str = ""  # what the template puts before an answer
     shared: list[str] | None = None  # openings of different lists with the same first token
     handle: SAEHandle | None = None
     instrument: Instrument | None = None
@@ -53,7 +54,7 @@ def _check_model(bench: Bench) -> None:
 
 def _check_template(bench: Bench) -> None:
     from smda_callbacks.observe.activations import unwrap
-    from smda_callbacks.observe.batches import chat_prompt, tokenize_probes
+    from smda_callbacks.observe.batches import answer_lead, chat_prompt, tokenize_probes
 
     plan = _known(bench.plan)
     options: dict[str, Any] = {"system": plan.system, "template": plan.template}
@@ -63,6 +64,7 @@ def _check_template(bench: Bench) -> None:
     longest = max(map(len, tokenize_probes(bench.tokenizer, plan.probes, context=context, **options)))
     bench.found.append(findings.template_finding(prompt, text, longest, context))
     bench.prompt = prompt
+    bench.lead = answer_lead(bench.tokenizer, text, system=plan.system, template=plan.template)
 
 
 def _check_openings(bench: Bench) -> None:
@@ -70,7 +72,7 @@ def _check_openings(bench: Bench) -> None:
     from smda_callbacks.observe.batches import response_encoder
     from smda_callbacks.observe.prefixes import check_prefix_free, shared_first_tokens
 
-    plan, encode = _known(bench.plan), response_encoder(bench.tokenizer, _known(bench.prompt))
+    plan, encode = _known(bench.plan), response_encoder(bench.tokenizer, _known(bench.prompt), bench.lead)
     lists = {each.name: each.openings for each in plan.scorers} | dict(plan.contrast)
     for each in plan.scorers:
         check_prefix_free({each.name: each.openings, **plan.contrast}, encode)

@@ -61,6 +61,10 @@ def chat_prompt(
     Raises:
         ProbeError: the tokenizer has no chat template.
     """
+    if tokenizer is None:
+        raise ProbeError(
+            "there is no tokenizer, so prompts cannot be made. Next step: give the trainer processing_class=tokenizer."
+        )
     if not getattr(tokenizer, "chat_template", None):
         raise ProbeError(
             "the tokenizer has no chat template, so the place where the answer begins is unknown. Next step: use a "
@@ -74,15 +78,31 @@ def chat_prompt(
     return prompt
 
 
-def response_encoder(tokenizer: Any, prompt: str) -> Callable[[str], list[int]]:
-    """Tokens of a response's opening as they stand behind ``prompt``, not in isolation.
+def answer_lead(
+    tokenizer: Any, text: str, *, system: str | None = None, template: Mapping[str, Any] | None = None
+) -> str:
+    """What the template puts between the generation prompt and an answer's first character; mostly nothing.
+
+    Llama-2 style templates put a space there: training answers start with it, so openings must be scored behind it.
+    """
+    prompt = chat_prompt(tokenizer, text, system=system, template=template)
+    marker = "ANSWER"
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": "user", "content": text}, {"role": "assistant", "content": marker}]
+    whole: str = tokenizer.apply_chat_template(messages, tokenize=False, **(template or {}))
+    lead, found, _ = whole.removeprefix(prompt).partition(marker)
+    return lead if found and whole.startswith(prompt) and not lead.strip() else ""
+
+
+def response_encoder(tokenizer: Any, prompt: str, lead: str = "") -> Callable[[str], list[int]]:
+    """Tokens of a response's opening as they stand behind ``prompt`` and ``lead``, not in isolation.
 
     The function raises ProbeError when the opening changes the prompt's own tokens: it cannot be scored then.
     """
     head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
     def encode(opening: str) -> list[int]:
-        full = tokenizer(prompt + opening, add_special_tokens=False)["input_ids"]
+        full = tokenizer(prompt + lead + opening, add_special_tokens=False)["input_ids"]
         if full[: len(head)] != head:
             raise ProbeError(
                 f"opening {opening!r} is not representable behind this chat template: it merges with the template's "

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smda_callbacks.observe.activations import unwrap
-from smda_callbacks.observe.batches import ProbeBatch, chat_prompt, response_encoder
+from smda_callbacks.observe.batches import ProbeBatch, answer_lead, chat_prompt, response_encoder
 from smda_callbacks.observe.guard import measuring
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.records import Array, Expected
@@ -112,7 +112,9 @@ def calibrate(
     """
     scorer, probes = instrument.scorers[0], instrument.probes.probes
     rows = choose_rows([probe.expected for probe in probes], per_group)
-    encode = response_encoder(tokenizer, chat_prompt(tokenizer, probes[0].text, system=system, template=template))
+    prompt = chat_prompt(tokenizer, probes[0].text, system=system, template=template)
+    lead = answer_lead(tokenizer, probes[0].text, system=system, template=template)
+    encode = response_encoder(tokenizer, prompt, lead)
     lists = {scorer.name: scorer.openings, **contrast}
     paths = {name: [tuple(encode(text)) for text in openings] for name, openings in lists.items()}
     # An opening is recognised by all of its tokens, so as many are needed as the longest one has.

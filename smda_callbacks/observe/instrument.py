@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from smda_callbacks.observe.activations import unwrap
-from smda_callbacks.observe.batches import ProbeBatches, chat_prompt, make_batches, response_encoder, tokenize_probes
+from smda_callbacks.observe.batches import (
+    ProbeBatches,
+    answer_lead,
+    chat_prompt,
+    make_batches,
+    response_encoder,
+    tokenize_probes,
+)
 from smda_callbacks.observe.behaviour import Scorer, openings_of, prefix_probability, score
 from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
 from smda_callbacks.observe.prefixes import PrefixError, build_tree, check_prefix_free
@@ -102,7 +109,8 @@ def build_instrument(
         raise PrefixError(f"behaviours must have different names and there must be one at least, got {names}.")
     check_fit(handle, model, allow_model_mismatch=allow_model_mismatch)
     first = chat_prompt(tokenizer, probes.probes[0].text, system=system, template=template)
-    encode_opening = response_encoder(tokenizer, first)
+    lead = answer_lead(tokenizer, probes.probes[0].text, system=system, template=template)
+    encode_opening = response_encoder(tokenizer, first, lead)
     for each in scorers:
         check_prefix_free({each.name: each.openings, **(contrast or {})}, encode_opening)
     tree = build_tree(openings_of(scorers), encode_opening)

@@ -144,6 +144,8 @@ def _expectations(probes: Iterable[Probe]) -> dict[str, set[str]]:
 
 
 def _probe(row: Mapping[str, Any], number: int, stem: str, columns: Columns, category: str) -> Probe:
+    if not isinstance(row, Mapping):
+        raise ProbeError(f"row {number} of {stem} is {type(row).__name__}; a row must map column names to values.")
     if columns.text not in row:
         raise ProbeError(
             f"row {number} of {stem} has no column {columns.text!r}. Its columns: {', '.join(map(str, row))}. "
@@ -175,17 +177,26 @@ def _read_table(source: str | Path) -> Iterable[Mapping[str, Any]]:
     path = Path(source)
     if path.is_file():
         if path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets write a mark first
                 return list(csv.DictReader(file))
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            return json.loads(text)
+            rows = _parsed(text, path.name)
+            return rows if isinstance(rows, list) else [rows]
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            lines = enumerate(text.split("\n"), start=1)
+            return [_parsed(line, f"line {number} of {path.name}") for number, line in lines if line.strip()]
         raise ProbeError(f"probe file {path.name!r} has an unknown ending. Allowed: .jsonl, .json, .csv.")
     if path.suffix in {".csv", ".json", ".jsonl"}:
         raise ProbeError(f"probe file {str(source)!r} does not exist. Next step: check the path.")
     return _read_dataset(str(source))
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ProbeError(f"{where} is no valid JSON: {error}. Next step: mend it.") from error
 
 
 def _read_dataset(name: str) -> Sequence[Mapping[str, Any]]:

@@ -12,7 +12,7 @@ from smda_callbacks.records import Alert, Array, Probe, SAEHealth
 
 @dataclass(frozen=True)
 class AlertLimits:
-    """Beyond these, an alert is raised.
+    """Beyond these, an alert is raised. Limits on behaviour are in the units of the policy's target.
 
     ``refusal_drop``: fall of a refuse category's mean behaviour below its start, absolute. ``refusal_rise``: rise of a
     comply category above its start. ``delta_fvu``: share of the change that the SAE misses at fixed gates (above 1 the

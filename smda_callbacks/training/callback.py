@@ -33,6 +33,9 @@ from smda_callbacks.training.plan import Plan
 
 logger = logging.getLogger("smda_callbacks")
 
+#: Below this mean refusal on the probes to refuse, the list of openings is more likely wrong than the model.
+RARE = 0.02
+
 
 class AdapterError(ValueError):
     """The model has nothing that a LoRA run would train."""
@@ -52,6 +55,7 @@ class MeasuringCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot be measured, and take the baseline."""
+        require_whole_model(args)
         if not state.is_world_process_zero:
             return
         model, tokenizer = kwargs["model"], kwargs.get("processing_class")
@@ -59,8 +63,13 @@ class MeasuringCallback(TrainerCallback):
         require_lora(model)
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step
-        self.monitor = Monitor(self.plan, model, tokenizer, args, state.global_step)
+        rate = peak_learning_rate(kwargs.get("optimizer"), args)
+        self.monitor = Monitor(self.plan, model, tokenizer, args, state.global_step, rate)
         logger.info(opening_line(self.monitor))
+        if group_means(self.monitor)[0] < RARE:
+            logger.warning(
+                "this model refuses almost none of the probes to refuse; smda check shows how it answers them"
+            )
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,21 +85,25 @@ class MeasuringCallback(TrainerCallback):
             return
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             self._skipped.append(state.global_step)
-        if (state.global_step - self._booked) >= self.plan.every:
+        # The last step is booked here: before on_train_end the trainer may load the best checkpoint in its place.
+        last = control.should_training_stop or state.global_step >= state.max_steps
+        if last or (state.global_step - self._booked) >= self.plan.every:
             record = self._book(self.monitor, kwargs["model"], state)
             if control.should_log:
                 logger.info(window_line(self.monitor, record))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Note the loss; alert when it is not a number."""
-        loss = (kwargs.get("logs") or {}).get("loss")
-        if self.monitor is None or loss is None:
+        """Note the loss and its step; alert when it or the gradient is not a number."""
+        logs = kwargs.get("logs") or {}
+        if self.monitor is None or "loss" not in logs:
             return
-        if math.isfinite(float(loss)):
-            self._trainer["loss"] = float(loss)
-        else:
-            message = f"the training loss is {loss}: this run is diverging"
+        # By default the trainer logs a loss that is not a number as 0; the norm of its gradient tells.
+        bad = {name: logs[name] for name in ("loss", "grad_norm") if not math.isfinite(float(logs.get(name, 0.0)))}
+        if bad:
+            message = f"the training's {' and '.join(f'{k} is {v}' for k, v in bad.items())}: this run is diverging"
             self.monitor.alert(Alert(state.global_step, "loss_not_finite", message))
+        else:
+            self._trainer |= {"loss": float(logs["loss"]), "loss_step": float(state.global_step)}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,7 +111,7 @@ class MeasuringCallback(TrainerCallback):
         """Book the last, shorter window and close."""
         if self.monitor is None:
             return
-        if state.global_step > self._booked:
+        if state.global_step > self._booked and not args.load_best_model_at_end:
             self._book(self.monitor, kwargs["model"], state)
         end = self.monitor.finish(state.global_step)
         logger.info(closing_line(self.monitor, end.train_seconds))
@@ -109,6 +122,30 @@ class MeasuringCallback(TrainerCallback):
         record = monitor.measure(model, state.global_step, self._booked + 1, tuple(self._skipped), trainer)
         self._booked, self._skipped = state.global_step, []
         return record
+
+
+def peak_learning_rate(optimizer: Any, args: TrainingArguments) -> float:
+    """The highest learning rate that the schedule starts from: the optimizer's own, where it is known."""
+    groups = getattr(optimizer, "param_groups", None)
+    if not groups:
+        return float(args.learning_rate)
+    return max(float(group.get("initial_lr", group["lr"])) for group in groups)
+
+
+def require_whole_model(args: TrainingArguments) -> None:
+    """Refuse, on every process, launchers that give a process only a part of the model: it would wait for ever.
+
+    Raises:
+        AdapterError: names the launcher.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    found = "FSDP" if args.fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
+    if found:
+        raise AdapterError(
+            f"{found} shards the model over processes, and the main process measures alone. Allowed: one process, DDP, "
+            "ZeRO-1 and ZeRO-2. Next step: use one of these, or train without the callback."
+        )
 
 
 def require_lora(model: nn.Module) -> None:
@@ -123,6 +160,9 @@ def require_lora(model: nn.Module) -> None:
             f"{type(model).__name__} has no LoRA adapter. This library watches LoRA runs. Next step: pass peft_config "
             "to SFTTrainer, or wrap the model with get_peft_model before training."
         )
+    kinds = {name: str(getattr(each.peft_type, "value", each.peft_type)) for name, each in adapters.items()}
+    if set(kinds.values()) != {"LORA"}:
+        raise AdapterError(f"the adapters are {kinds}. Allowed: LORA (rsLoRA and DoRA are). Next step: use LoraConfig.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError("no parameter of the model requires a gradient. Next step: make the adapter trainable.")
 

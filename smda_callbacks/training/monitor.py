@@ -31,7 +31,9 @@ class Monitor:
     Creating it does everything that can be refused: instrument, policy, noise floor, sinks. Nothing is trained before.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, tokenizer: Any, args: Any, step: int) -> None:
+    def __init__(
+        self, plan: Plan, model: nn.Module, tokenizer: Any, args: Any, step: int, learning_rate: float
+    ) -> None:
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
         self.sinks = tuple(plan.make_sinks(args))  # first: a folder that cannot be written is refused at once
         self.policy: PolicyRecord
@@ -44,7 +46,7 @@ class Monitor:
             self.instrument = full.of_features(plan.policy.features)
             reading = self.instrument.read(model)
         self._baseline(step, reading)
-        self.noise = self._noise(model, args)
+        self.noise = self._noise(model, learning_rate)
         self.start = self._open(model, args)
         self.meter = UpdateMeter(model)
         self.book, self.measured, self.told_failure = AlertBook(), 0, False
@@ -67,8 +69,8 @@ class Monitor:
         )
         self.health_start: SAEHealth = health
 
-    def _noise(self, model: nn.Module, args: Any) -> NoiseFloor | None:
-        if self.plan.noise_draws == 0 or args.learning_rate <= 0:
+    def _noise(self, model: nn.Module, learning_rate: float) -> NoiseFloor | None:
+        if self.plan.noise_draws == 0 or learning_rate <= 0:
             return None
         bar = tqdm(
             total=2 * self.plan.noise_draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None
@@ -79,7 +81,7 @@ class Monitor:
                 model,
                 self.policy,
                 self.snapshot,
-                size=args.learning_rate,
+                size=learning_rate,
                 draws=self.plan.noise_draws,
                 seed=self.plan.seed,
                 tick=bar.update,

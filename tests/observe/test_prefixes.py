@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from smda_callbacks.observe.batches import chat_prompt, response_encoder
+from smda_callbacks.observe.batches import answer_lead, chat_prompt, response_encoder
 from smda_callbacks.observe.behaviour import OpeningScorer, openings_of, prefix_probability, score, scorer
 from smda_callbacks.observe.prefixes import (
     COMPLIANCES,
@@ -113,3 +113,18 @@ def test_an_opening_that_merges_with_the_template_is_refused() -> None:
     assert len(response_encoder(Merging(), "say:")(" Sorry")) == 1
     with pytest.raises(ProbeError, match=r"'Sorry' is not representable behind this chat template"):
         response_encoder(Merging(), "say:")("Sorry")
+
+
+def test_openings_stand_behind_what_the_template_puts_before_an_answer() -> None:
+    """Llama-2 style: training answers begin with a space, so that is where openings are scored."""
+    tokenizer = tiny_tokenizer()
+    assert answer_lead(tokenizer, "Hello.") == ""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }} <eos>{% endif %}{% endfor %}"
+    )
+    assert answer_lead(tokenizer, "Hello.") == " "
+    prompt = chat_prompt(tokenizer, "Hello.")
+    whole = tokenizer(prompt + " Sorry", add_special_tokens=False)["input_ids"]
+    head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert response_encoder(tokenizer, prompt, " ")("Sorry") == whole[len(head) :]

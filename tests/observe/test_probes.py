@@ -158,3 +158,14 @@ def test_the_shipped_set_is_what_the_readme_says() -> None:
     words = [frozenset(probe.text.lower().rstrip(".?").split()) for probe in probes.probes]
     close = [(a, b) for i, a in enumerate(words) for b in words[:i] if len(a & b) > 0.7 * len(a | b)]
     assert not close  # written one by one: no two that differ by a swapped word
+
+
+def test_files_as_people_save_them(tmp_path: Path) -> None:
+    (tmp_path / "excel.csv").write_bytes("\ufefftext,category\nhi,a\n".encode())
+    assert load_rows(tmp_path / "excel.csv")[0].text == "hi"
+    odd = write(tmp_path / "odd.jsonl", '{"text": "one\u2028two", "category": "a"}\n')
+    assert load_rows(odd)[0].text == "one\u2028two"
+    with pytest.raises(ProbeError, match=r"line 2 of broken.jsonl is no valid JSON"):
+        load_rows(write(tmp_path / "broken.jsonl", '{"text": "a"}\n{"text": \n'))
+    with pytest.raises(ProbeError, match=r"row 1 of list is str; a row must map column names to values"):
+        load_rows(write(tmp_path / "list.json", '["hello"]'))

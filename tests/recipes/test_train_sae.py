@@ -183,7 +183,7 @@ def test_default_layer_is_at_60_percent(model: Any) -> None:
     assert default_layer(model) == 1  # of 3
 
 
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
     {"prompt": "a", "completion": "b"},
     {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},

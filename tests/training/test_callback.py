@@ -19,7 +19,7 @@ from smda_callbacks.observe.sae import SAEError, load_sae
 from smda_callbacks.records import PATHWAYS, ROWS
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.alerts import AlertLimits
-from smda_callbacks.training.callback import AdapterError, MeasuringCallback, require_lora
+from smda_callbacks.training.callback import AdapterError, MeasuringCallback, require_lora, require_whole_model
 from smda_callbacks.training.plan import Plan
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -268,3 +268,57 @@ def test_a_model_without_a_trainable_adapter_is_refused() -> None:
     frozen = get_peft_model(tiny_model(), LoraConfig(target_modules="all-linear", r=2)).requires_grad_(False)
     with pytest.raises(AdapterError, match=r"no parameter of the model requires a gradient"):
         require_lora(frozen)
+
+
+def test_an_adapter_of_another_kind_and_a_sharded_model_are_refused(tmp_path: Any) -> None:
+    from peft import IA3Config, get_peft_model
+
+    other = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    with pytest.raises(AdapterError, match=r"the adapters are \{'default': 'IA3'\}. Allowed: LORA"):
+        require_lora(other)
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    require_whole_model(args)
+    args.fsdp = "full_shard"
+    with pytest.raises(AdapterError, match=r"FSDP shards the model over processes.*Allowed: one process, DDP"):
+        require_whole_model(args)
+
+
+def test_a_gradient_that_is_not_finite_is_an_alert_under_default_settings(
+    plan: Plan, sink: MemorySink, trainer: Any
+) -> None:
+    """By default the trainer logs such a loss as 0: it is neither believed nor stored."""
+    run = trainer(MeasuringCallback(plan))
+    real = run.compute_loss
+    run.compute_loss = lambda *args, **kwargs: real(*args, **kwargs) * float("nan")
+    run.train()
+    assert [alert.kind for alert in sink.alerts] == ["loss_not_finite"]
+    assert all("loss" not in window.trainer for window in sink.windows)
+
+
+def test_the_loss_carries_the_step_that_it_was_logged_at(plan: Plan, sink: MemorySink, trainer: Any) -> None:
+    trainer(MeasuringCallback(plan)).train()
+    assert [window.trainer.get("loss_step") for window in sink.windows] == [None, 1.0, 2.0, 3.0]
+
+
+def test_the_last_window_is_of_the_last_step_not_of_the_best_checkpoint(
+    plan: Plan, sink: MemorySink, trainer: Any
+) -> None:
+    trainer(MeasuringCallback(replace(plan, every=3))).train()
+    best = MemorySink()
+    loading = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    loading |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer(MeasuringCallback(replace(plan, every=3, make_sinks=lambda _: [best])), **loading).train()
+    assert [(w.first_step, w.step) for w in best.windows] == [(1, 3), (4, 4)]
+    np.testing.assert_array_equal(best.windows[-1].snapshot.y, sink.windows[-1].snapshot.y)
+
+
+def test_the_noise_floor_is_of_the_optimizers_own_learning_rate(plan: Plan, sink: MemorySink, trainer: Any) -> None:
+    run = trainer(MeasuringCallback(plan))
+    run.optimizer = torch.optim.AdamW([p for p in run.model.parameters() if p.requires_grad], lr=0.02)
+    run.train()
+    assert sink.start.noise.update_rms == 0.02
+
+
+def test_without_a_tokenizer_the_advice_fits(plan: Plan) -> None:
+    with pytest.raises(ValueError, match=r"there is no tokenizer.*processing_class=tokenizer"):
+        plan.instrument(tiny_model(), None, plan.load_sae())
