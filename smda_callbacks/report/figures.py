@@ -13,7 +13,6 @@ import numpy as np
 import plotly.graph_objects as go
 
 from smda_callbacks.records import WindowRecord
-from smda_callbacks.report.markup import number
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#8b949e", "#e3e6ea", "#ffffff"
 BLUE, VERMILLION, GREEN, PINK, OLIVE, VIOLET = "#0072b2", "#d05000", "#00875f", "#b2508a", "#85680a", "#6a51c8"
@@ -136,8 +135,3 @@ def line_at(value: float, **place: Any) -> dict[str, Any]:
 def marker_mode(points: int) -> str:
     """Markers only while there are few points; a single one would be invisible without."""
     return "lines+markers" if points <= 60 else "lines"
-
-
-def hover_number(value: float | None) -> str:
-    """A number for a hover box."""
-    return number(value, 3)

@@ -89,8 +89,7 @@ class Monitor:
 
     def _open(self, model: nn.Module, args: Any) -> RunStart:
         manifest = build_manifest(self.plan, self.instrument, self.policy, model, args)
-        gaps = gaps_of(self.snapshot, self.policy, self.plan.probes.probes, refit(self.snapshot, self.policy))
-        start = RunStart(manifest, self.plan.probes.probes, self.policy, self.baseline, gaps, self.noise)
+        start = RunStart(manifest, self.plan.probes.probes, self.policy, self.baseline, self._gaps(), self.noise)
         for sink in self.sinks:
             sink.open(start)
         return start
@@ -158,11 +157,13 @@ class Monitor:
 
     def finish(self, step: int) -> RunEnd:
         """Close the sinks with the gap table of the last good snapshot."""
-        fit = {"coef": self.window.coef, "intercept": self.window.intercept}
-        gaps = gaps_of(self.snapshot, self.policy, self.plan.probes.probes, fit)
-        end = RunEnd(step, "finished", self.seconds, time.perf_counter() - self.began, gaps)
+        end = RunEnd(step, "finished", self.seconds, time.perf_counter() - self.began, self._gaps())
         self._each_sink("close", end)
         return end
+
+    def _gaps(self) -> tuple[dict[str, Any], ...]:
+        fit = {"coef": self.window.coef, "intercept": self.window.intercept}
+        return gaps_of(self.snapshot, self.policy, self.plan.probes.probes, fit)
 
     def alert(self, alert: Alert) -> None:
         """An alert that belongs to no window, such as a loss that is not finite."""
