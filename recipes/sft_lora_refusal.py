@@ -1,7 +1,7 @@
 """LoRA fine-tuning with TRL, watched: what does this run do to refusals, and through which features?
 
     python recipes/sft_lora_refusal.py --config configs/quickstart.yaml --data builtin:quickstart/sft_pairs.jsonl
-    python recipes/sft_lora_refusal.py --config configs/llama-3.1-8b-instruct.yaml --data chats.jsonl --output runs/a
+    python recipes/sft_lora_refusal.py --config configs/llama31_8b_instruct.yaml --data chats.jsonl --output runs/a
 
 Copy it and make it yours. All of it is plain TRL but for the callback; training with it gives the same weights, bit for
 bit, as training without it.

@@ -2,16 +2,18 @@
 
 Every array is CPU numpy. Axes, spelt the same everywhere (docstrings write ``[probe, feature]``):
 
-=============  =======  ==========================================================================
-axis           symbol   meaning
-=============  =======  ==========================================================================
+==============  =======  =========================================================================
+axis            symbol   meaning
+==============  =======  =========================================================================
 ``probe``      i        a fixed prompt whose behaviour is watched
 ``feature``    j        an SAE feature in the policy's support, named by its index in the SAE
 ``behaviour``  m        a scored behaviour; refusal is the first
 ``category``   C        a group of probes with one label, in the order of first appearance
 ``step``       t        an optimizer step (not a micro-batch)
+``pair``       p        a training example, named by its row in the user's data set
+``functional`` k        a number that is attributed to pairs: see maths.functionals
 ``part``                where a shift comes from: see :data:`PATHWAYS` and :data:`ROWS`
-=============  =======  ==========================================================================
+==============  =======  =========================================================================
 
 Units: behaviours are probabilities in [0, 1] (or their logit, when the policy's target says so);
 coefficients are behaviour units per standard deviation of the feature at distillation.
@@ -166,6 +168,56 @@ class NoiseFloor:
     rounding: Mapping[str, Array]
     behaviour_random: Array  # [category, behaviour], floor of a category's mean behaviour change
     behaviour_rounding: Array
+    functional_random: Array | None = None  # [functional], where pairs are attributed
+    functional_rounding: Array | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A training example, described once, when it is first seen. Examples of equal tokens are one pair.
+
+    ``level`` says what is known: a ``row`` of the data set; a ``document`` inside a packed row whose own row is not
+    known; a ``block`` of wrapped packing; an ``id`` of a column that the user named; or only the ``tokens``.
+    """
+
+    id: int  # number of the pair in this run
+    rows: tuple[int, ...]  # row numbers in the user's data set; more than one for duplicates, none where unknown
+    level: Literal["row", "document", "block", "id", "tokens"]
+    columns: Mapping[str, str]  # short text columns of the data set, such as kind and category
+    text: str | None  # None where the configuration keeps text out
+    tokens: int  # length in tokens
+
+
+#: Lines of a ledger beside the pairs; with the pairs' shares they sum to ``measured``.
+LINES = ("momentum", "decay", "unexplained")
+
+
+@dataclass(frozen=True)
+class PairBook:
+    """What the pairs of a window did, on the axis ``functional`` of the manifest's ``attribution.functionals``.
+
+    Two quantities that are never mixed. A *share* is linear in the pair's own part of the weight update; shares and
+    the lines sum to what was measured. An *effect* is what would be missing had the pair been left out of its steps
+    (with minus without), its part in AdamW's second moment and in clipping included. Both in the functional's units.
+
+    ``later_*``: what gradients of earlier windows went on doing through the optimizer's momentum, booked to the pairs
+    that caused it; effects there are linearised in the pair.
+    """
+
+    engine: Literal["ghost", "exact"]
+    ids: NDArray[np.int64]  # [pair] numbers of records.Pair, each once, ascending
+    share: Array  # [pair, functional]
+    effect: Array  # [pair, functional]
+    later_ids: NDArray[np.int64]  # [later]
+    later_share: Array  # [later, functional]
+    later_effect: Array  # [later, functional]
+    lines: Mapping[str, Array]  # each of LINES, and measured -> [functional]
+    size: Array  # [pair] root mean square of the pair's leave-one-out update per trained weight
+    intended: NDArray[np.int64]  # [pair, k] positions in the policy's features, strongest first; -1 where fewer
+    seconds: float  # wall time of the attribution, beside the measurement's
+    held_bytes: int  # largest size of the captured gradients
+    capture_error: float  # relative difference between the captured gradients' sum and the optimizer's gradient
+    update_error: float  # share of the real weight update that its parts miss: large on ill-conditioned bf16 steps
 
 
 @dataclass(frozen=True)
@@ -208,6 +260,8 @@ class WindowRecord:
     trainer: Mapping[str, float] = field(default_factory=dict)  # loss, learning_rate, epoch as known
     alerts: tuple[Alert, ...] = ()
     error: str | None = None
+    pairs: PairBook | None = None  # None where the window was not attributed
+    pairs_seen: tuple[Pair, ...] = ()  # pairs that this window saw first
 
 
 @dataclass(frozen=True)

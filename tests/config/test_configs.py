@@ -30,8 +30,8 @@ each_file = pytest.mark.parametrize("name", NAMES)
 
 
 def test_there_are_configurations() -> None:
-    expected = {"quickstart", "tiny_cpu", "public-probes", "llama-3.2-3b-instruct", "llama-3.1-8b-instruct"}
-    assert expected | {"gemma-3-4b-it", "qwen2.5-7b-instruct"} <= {path.stem for path in FILES}
+    expected = {"quickstart", "tiny_cpu", "public_probes", "llama32_3b_instruct", "llama31_8b_instruct"}
+    assert expected | {"gemma3_4b_it", "qwen25_7b_instruct"} <= {path.stem for path in FILES}
 
 
 def text_of(name: str) -> str:
@@ -93,7 +93,7 @@ def test_what_it_says_of_neuronpedia_is_what_the_registry_says(name: str) -> Non
     registry, sae = get_pretrained_saes_directory(), load_config(NAMES[name]).sae
     listed = registry[sae.source].neuronpedia_id.get(str(sae.sae_id)) if sae.source in registry else None
     text = " ".join(text_of(name).replace("\n# ", " ").split())
-    if name.endswith("public-probes.yaml"):
+    if name.endswith("public_probes.yaml"):
         assert "on Neuronpedia" in text
     elif listed:
         assert f"Neuronpedia: yes, {listed.replace('/', ', ')}" in text
@@ -142,7 +142,7 @@ def test_the_commands_in_it_can_be_typed(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_sae_to_be_trained_first_is_written_where_it_is_read() -> None:
-    name = "configs/llama-3.2-3b-instruct.yaml"
+    name = "configs/llama32_3b_instruct.yaml"
     training = next(words for words in commands(name) if words[1] == "recipes/train_sae.py")
     config = load_config(NAMES[name])
     assert ROOT / training[training.index("--out") + 1] == Path(config.sae.source).resolve().absolute()
@@ -180,7 +180,7 @@ def test_every_key_of_the_quickstart_is_explained() -> None:
 
 
 def test_the_public_sets_are_those_that_have_a_format() -> None:
-    name = "configs/public-probes.yaml"
+    name = "configs/public_probes.yaml"
     raw = yaml.safe_load(text_of(name))["probes"]["sources"]
     offered = list(blocks(text_of(name).split("\nprobes:")[1]))
     assert {each.get("format", "smda") for each in [*raw, *offered]} == FORMATS.keys()
