@@ -52,6 +52,8 @@ from smda_callbacks.config.load import check_config
 from smda_callbacks.config.schema import SMDAConfig
 from smda_callbacks.observe.noise import trained_parameters
 from smda_callbacks.sinks.memory import MemorySink
+from smda_callbacks.training.attribution_start import Trainer
+from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.monitor import Monitor
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sae-lens", "numpy", "scikit-learn")
@@ -76,8 +78,16 @@ def measurement(options: Options) -> Iterator[Figure]:
     """One measurement of the callback over a bare pass."""
     model, tokenizer = load(options)
     adapted: Any = get_peft_model(model, lora())
-    plan = replace(build_plan(settings(options)), make_sinks=lambda _: (MemorySink(),), noise_draws=0, on_error="raise")
-    monitor = Monitor(plan, adapted.eval(), tokenizer, training_arguments(options, "unused"), 0, 1e-3)
+    plan = replace(
+        build_plan(settings(options)),
+        make_sinks=lambda _: (MemorySink(),),
+        noise_draws=0,
+        on_error="raise",
+        attribution=AttributionOptions(engine="off"),
+    )
+    monitor = Monitor(
+        plan, adapted.eval(), Trainer(training_arguments(options, "unused"), None, None, tokenizer), 0, 1e-3
+    )
     batches = monitor.instrument.batches
     inputs, nodes = [batch.input_ids.to(options.device) for batch in batches.batches], len(batches.tree.tokens)
     steps = iter(range(1, options.repeats + 2))

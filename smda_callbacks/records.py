@@ -34,6 +34,7 @@ SCHEMA_VERSION = 1
 
 Array = NDArray[np.float64]
 Expected = Literal["refuse", "comply"]
+Level = Literal["row", "document", "block", "id", "tokens"]
 
 #: The parts of a policy shift; they sum to the change of the coefficients.
 PATHWAYS = ("shift_x_magnitude", "shift_x_gating", "shift_y")
@@ -182,7 +183,7 @@ class Pair:
 
     id: int  # number of the pair in this run
     rows: tuple[int, ...]  # row numbers in the user's data set; more than one for duplicates, none where unknown
-    level: Literal["row", "document", "block", "id", "tokens"]
+    level: Level
     columns: Mapping[str, str]  # short text columns of the data set, such as kind and category
     text: str | None  # None where the configuration keeps text out
     tokens: int  # length in tokens

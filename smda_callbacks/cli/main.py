@@ -14,14 +14,16 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from smda_callbacks import __version__
-from smda_callbacks.cli import check, config_cmd, distill, quickstart, report, verify
+from smda_callbacks.cli import audit, check, config_cmd, distill, pairs, quickstart, report, verify
 
 #: Every command: its module has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(args) -> exit code``.
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "check": check,
     "distill": distill,
+    "audit": audit,
     "report": report,
+    "pairs": pairs,
     "verify": verify,
     "config": config_cmd,
 }
@@ -31,6 +33,7 @@ start here:
   smda quickstart                       a real LoRA run on a tiny model, watched; a minute, no download
   smda check --config refusal.yaml      before a run: do model, SAE, probes and openings fit together?
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?
+  smda pairs RUN --by refusal:harmful   after a run: which training pairs did it?
 
 exit codes: 0 it held, 1 a check failed, 2 usage or input that cannot be used"""
 

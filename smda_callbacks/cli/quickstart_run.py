@@ -45,8 +45,8 @@ class Work:
     pairs: int
 
 
-def build(folder: Path) -> Work:
-    """Model, LoRA adapter, pairs and the callback, in a trainer.
+def build(folder: Path, *, seed: int = SEED) -> Work:
+    """Model, LoRA adapter, pairs and the callback, in a trainer. ``seed``: of adapter and order of the pairs.
 
     Raises:
         ProbeError, InputError, SAEError: what ships with the library is not there.
@@ -56,10 +56,10 @@ def build(folder: Path) -> Work:
     callback = SMDACallback.from_config(config)
     pairs = [as_chat(json.loads(line)) for line in Path(builtin_path(PAIRS)).read_text(encoding="utf-8").splitlines()]
     datasets.disable_progress_bars()
-    set_seed(SEED)  # the adapter's weights are drawn before the trainer sets its own seed
+    set_seed(seed)  # the adapter's weights are drawn before the trainer sets its own seed
     trainer = SFTTrainer(
         model=model,
-        args=arguments(folder),
+        args=arguments(folder, seed),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -91,7 +91,7 @@ def settings(folder: Path) -> dict[str, Any]:
     }
 
 
-def arguments(folder: Path) -> SFTConfig:
+def arguments(folder: Path, seed: int = SEED) -> SFTConfig:
     """The trainer's arguments: float32 on one thread, one epoch, every step logged."""
     names = SFTConfig.__dataclass_fields__  # this argument changed its name in transformers 5.23
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
@@ -109,8 +109,8 @@ def arguments(folder: Path) -> SFTConfig:
         report_to=["wandb"],
         **{checkpointing: False},
         disable_tqdm=True,
-        seed=SEED,
-        data_seed=SEED,
+        seed=seed,
+        data_seed=seed,
     )
 
 

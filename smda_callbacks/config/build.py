@@ -27,6 +27,7 @@ from smda_callbacks.observe.sae import SAEHandle, load_sae
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.training.alerts import AlertLimits
+from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
 
 #: Sources that start with this name what ships with the library.
@@ -53,6 +54,7 @@ def build_plan(config: SMDAConfig) -> Plan:
         health_every=measure.health_every,
         noise_draws=measure.noise_draws,
         limits=AlertLimits(**config.alerts.model_dump()),
+        attribution=AttributionOptions(**config.attribution.model_dump()),
         on_error=measure.on_error,
         make_sinks=lambda args: build_sinks(config, args),
         config=config.model_dump(mode="json"),

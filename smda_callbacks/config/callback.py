@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ class SMDACallback(MeasuringCallback):
     run_folder: Path | None = None
 
     @classmethod
-    def from_config(cls, config: str | Path | Mapping[str, Any] | SMDAConfig) -> SMDACallback:
+    def from_config(cls, config: str | Path | Mapping[str, Any] | SMDAConfig, *, dataset: Any = None) -> SMDACallback:
         """Make the callback from a YAML file, a mapping, or a checked configuration.
+
+        Args:
+            dataset: the data set that the trainer is given. Needed only with packing, which hides its rows: without it
+                pairs are still told apart there, but numbered by themselves.
 
         Raises:
             ConfigError: lists every fault of the configuration.
             ProbeError: the probes cannot be read or measured.
         """
-        return cls(build_plan(load_config(config)))
+        return cls(replace(build_plan(load_config(config)), dataset=dataset))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

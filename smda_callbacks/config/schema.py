@@ -12,6 +12,9 @@ from smda_callbacks.observe.instrument import Target
 from smda_callbacks.observe.prefixes import COMPLIANCES, REFUSALS
 from smda_callbacks.observe.probes import FORMATS
 from smda_callbacks.records import Expected
+from smda_callbacks.training.audit_pairs import LossOn
+from smda_callbacks.training.audit_step import Optimizer
+from smda_callbacks.training.engine import EngineName
 
 
 class Section(BaseModel):
@@ -128,6 +131,20 @@ class MeasureConfig(Section):
     on_error: Literal["warn", "raise"] = "warn"
 
 
+class AttributionConfig(Section):
+    """How shifts are attributed to training pairs."""
+
+    engine: EngineName = "auto"
+    every: int = Field(1, ge=1)
+    features: int | None = Field(8, ge=1)
+    renew: int | None = Field(2, ge=1)
+    momentum: Literal["carry", "line"] = "carry"
+    memory_gib: float = Field(4.0, gt=0)
+    intended: int = Field(4, ge=1)
+    text: bool = True
+    id_column: str | None = None
+
+
 class AlertsConfig(Section):
     """Beyond these, an alert is raised."""
 
@@ -135,6 +152,21 @@ class AlertsConfig(Section):
     refusal_rise: float = Field(0.15, gt=0)
     delta_fvu: float = Field(1.0, gt=0)
     fvu_ratio: float = Field(1.5, gt=0)
+
+
+class AuditConfig(Section):
+    """The update that every pair of ``smda audit`` makes alone, from the same start."""
+
+    learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
+    steps: int = Field(1, ge=1)
+    optimizer: Optimizer = "adamw_torch"
+    repeats: int = Field(1, ge=1)
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0, allow_inf_nan=False)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    max_grad_norm: float = Field(1.0, ge=0, allow_inf_nan=False)
+    max_length: int = Field(1024, ge=2)
+    loss_on: LossOn = "completion"
 
 
 class StoreConfig(Section):
@@ -163,7 +195,9 @@ class SMDAConfig(Section):
     behaviour: BehaviourConfig = BehaviourConfig()
     policy: PolicyConfig = PolicyConfig()
     measure: MeasureConfig = MeasureConfig()
+    attribution: AttributionConfig = AttributionConfig()
     alerts: AlertsConfig = AlertsConfig()
+    audit: AuditConfig = AuditConfig()
     store: StoreConfig = StoreConfig()
     wandb: WandbConfig = WandbConfig()
     seed: int = 0

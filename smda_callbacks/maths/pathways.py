@@ -130,12 +130,12 @@ def first_order_shift(before: State, after: State, *, scale: Array, lam: float) 
     """
     check_states(before, after)
     coef = fit_ridge(before.x, before.y, lam, scale=scale).coef
-    z = _centred(before.x / scale)
-    residual = _centred(before.y) - z @ coef
+    z = centred(before.x / scale)
+    residual = centred(before.y) - z @ coef
     dz = before.gate * (after.pre - before.pre) / scale
     right_x = dz.T @ residual - z.T @ (dz @ coef)
     right_y = z.T @ (after.y - before.y)
-    solved = _solve_gram(z, lam, np.hstack([right_x, right_y]))
+    solved = solve_gram(z, lam, np.hstack([right_x, right_y]))
     m = coef.shape[1]
     return PathwaySplit(solved[:, :m], np.zeros_like(coef), solved[:, m:])
 
@@ -181,12 +181,13 @@ def _halfway(before: State, after: State) -> tuple[Array, Array]:
     return moved, flipped
 
 
-def _centred(values: Array) -> Array:
-    centred: Array = values - values.mean(axis=0)
-    return centred
+def centred(values: Array) -> Array:
+    """``values`` less their means over probes, ``[probe, ...]``."""
+    result: Array = values - values.mean(axis=0)
+    return result
 
 
-def _solve_gram(z: Array, lam: float, right: Array) -> Array:
+def solve_gram(z: Array, lam: float, right: Array) -> Array:
     """``(ZᵀZ + λI)⁻¹ right`` for a centred ``z`` [probe, feature], in the smaller of its two dimensions."""
     n, d = z.shape
     if d <= n:

@@ -124,19 +124,21 @@ def find_module(model: nn.Module, site: HookSite) -> nn.Module:
 
 
 @contextlib.contextmanager
-def captured(model: nn.Module, site: HookSite) -> Iterator[list[torch.Tensor]]:
+def captured(
+    model: nn.Module, site: HookSite, *, into: list[torch.Tensor] | None = None
+) -> Iterator[list[torch.Tensor]]:
     """Context that appends the site's activation ``[row, token, d_model]`` of every forward pass to the list it yields.
 
     The hook exists only inside the context: a permanent one would change compiled graphs.
     """
     module = find_module(model, site)
-    seen: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = [] if into is None else into
 
     def keep_output(_: nn.Module, args: Any, output: Any) -> None:
-        seen.append((output[0] if isinstance(output, tuple) else output).detach())
+        seen.append(output[0] if isinstance(output, tuple) else output)
 
     def keep_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+        seen.append(args[0] if args else kwargs["hidden_states"])
 
     if site.kind == "resid_pre":
         handle = module.register_forward_pre_hook(keep_input, with_kwargs=True)

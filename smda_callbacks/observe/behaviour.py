@@ -18,6 +18,9 @@ import numpy as np
 from smda_callbacks.observe.prefixes import REFUSALS, PrefixTree
 from smda_callbacks.records import Array
 
+#: Step of the central differences, in natural log: errors of truncation and of rounding are both about 1e-11 there.
+SLOPE_STEP = 1e-5
+
 
 class Scorer(Protocol):
     """A behaviour: its name, the openings it needs, and the function from their log-probabilities to a score."""
@@ -87,6 +90,20 @@ def score(scorers: Sequence[Scorer], tree: PrefixTree, log_probs: Array, target:
         clipped = np.clip(y, 1e-9, 1 - 1e-9)
         return np.log(clipped) - np.log1p(-clipped)
     return y
+
+
+def score_slopes(scorers: Sequence[Scorer], tree: PrefixTree, log_probs: Array, target: str = "probability") -> Array:
+    """Derivative of every score by the log-probability of every opening, ``[probe, behaviour, opening]`` float64.
+
+    By central differences: a scorer is any function of one probe's openings. Same arguments as :func:`score`.
+    """
+    slopes = np.empty((len(log_probs), len(scorers), len(tree.openings)))
+    for opening in range(len(tree.openings)):
+        step = np.zeros(len(tree.openings))
+        step[opening] = SLOPE_STEP
+        above, below = (score(scorers, tree, log_probs + sign * step, target) for sign in (1, -1))
+        slopes[:, :, opening] = (above - below) / (2 * SLOPE_STEP)
+    return slopes
 
 
 def openings_of(scorers: Sequence[Scorer]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ _Plain = (bool, int, float, torch.Tensor)
 
 
 @contextlib.contextmanager
-def measuring(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Context in which ``model`` may be read: eval mode, no gradients, and all state restored on leaving.
+
+    ``gradients``: record a graph; whoever asks takes gradients with ``torch.autograd.grad``, which leaves ``.grad`` be.
 
     Restored: the train/eval flag of every module (not one flag for all: after an evaluation the Trainer leaves
     modules in eval mode on purpose), Python's, numpy's and torch's random state on CPU and CUDA, gradient mode, and
@@ -29,7 +31,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
     for module, _ in flags:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, training in flags:
@@ -39,7 +41,7 @@ def measuring(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def weights_restored(parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+def weights_restored(parameters: Sequence[torch.Tensor]) -> Iterator[None]:
     """Context in which the values of ``parameters`` may be overwritten; they come back bit for bit."""
     saved = [parameter.detach().clone() for parameter in parameters]
     try:

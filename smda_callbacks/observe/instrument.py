@@ -27,7 +27,7 @@ from smda_callbacks.observe.behaviour import Scorer, openings_of, prefix_probabi
 from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
 from smda_callbacks.observe.prefixes import PrefixError, build_tree, check_prefix_free
 from smda_callbacks.observe.probes import ProbeSet
-from smda_callbacks.observe.reading import Reading, read
+from smda_callbacks.observe.reading import Reading, Visitor, read
 from smda_callbacks.observe.sae import SAEHandle, check_fit
 from smda_callbacks.records import Array, Snapshot
 
@@ -52,9 +52,9 @@ class Instrument:
         """Names of the behaviours, in the order of the columns of y."""
         return tuple(each.name for each in self.scorers)
 
-    def read(self, model: nn.Module) -> Reading:
+    def read(self, model: nn.Module, visit: Visitor | None = None) -> Reading:
         """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`."""
-        return read(model, self.batches, self.handle.site, self.encode, readout=self.readout)
+        return read(model, self.batches, self.handle.site, self.encode, readout=self.readout, visit=visit)
 
     def snapshot(self, step: int, reading: Reading) -> Snapshot:
         """(X, Y) of a reading as float64 numpy arrays."""

@@ -77,6 +77,7 @@ def measure_noise(
     size: float,
     draws: int,
     seed: int = 0,
+    measure: Callable[[State, State], Array] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> NoiseFloor:
     """Noise floor of the policy's shifts and of every category's mean behaviour, from ``2 * draws`` readings.
@@ -84,6 +85,7 @@ def measure_noise(
     Args:
         baseline: the snapshot of ``model`` as it is now.
         size: change of every trained weight, normally the peak learning rate.
+        measure: further numbers ``[functional]`` of a change between two states, whose floors are wanted too.
         tick: called after every reading, for a progress bar.
     """
     groups = instrument.probes.groups
@@ -91,16 +93,25 @@ def measure_noise(
     average = members / members.sum(axis=1, keepdims=True)  # [category, probe]
     before = State(baseline.pre, baseline.gate, baseline.y)
 
-    def floors(scale: float, seed: int) -> tuple[dict[str, Array], Array]:
-        shifts, changes = [], []
+    def floors(scale: float, seed: int) -> tuple[dict[str, Array], Array, Array | None]:
+        shifts, changes, others = [], [], []
         take = partial(instrument.read, model)
         for reading in random_readings(model, take, size=size * scale, draws=draws, seed=seed):
             after = State(*arrays(reading), instrument.scores(reading))
             shifts.append(split_shift(before, after, scale=policy.scale, lam=policy.lam).as_dict())
             changes.append(average @ (after.y - before.y))
+            others.append(measure(before, after) if measure is not None else np.zeros(0))
             tick()
-        return rms_floor(shifts), np.sqrt(np.mean(np.square(changes), axis=0))
+        functional = _root_mean_square(others) if measure is not None else None
+        return rms_floor(shifts), _root_mean_square(changes), functional
 
-    random, behaviour_random = floors(1.0, seed)
-    rounding, behaviour_rounding = floors(ROUNDING_SCALE, seed + 1)
-    return NoiseFloor(draws, size, random, rounding, behaviour_random, behaviour_rounding)
+    random, behaviour_random, functional_random = floors(1.0, seed)
+    rounding, behaviour_rounding, functional_rounding = floors(ROUNDING_SCALE, seed + 1)
+    return NoiseFloor(
+        draws, size, random, rounding, behaviour_random, behaviour_rounding, functional_random, functional_rounding
+    )
+
+
+def _root_mean_square(draws: list[Array]) -> Array:
+    found: Array = np.sqrt(np.mean(np.square(draws), axis=0))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +34,19 @@ class Reading:
     log_probs: Array  # [probe, opening], float64, natural log
 
 
+#: Sees a batch while it is being read, with a graph behind it: the batch, its features' pre-activations and gates
+#: ``[row, feature]``, and log P of the tree's edges ``[row, edge]``.
+Visitor = Callable[[ProbeBatch, Tensor, Tensor, Tensor], None]
+
+
 def read(
-    model: nn.Module, batches: ProbeBatches, site: HookSite, encode: Encoder, *, readout: Readout = "last"
+    model: nn.Module,
+    batches: ProbeBatches,
+    site: HookSite,
+    encode: Encoder,
+    *,
+    readout: Readout = "last",
+    visit: Visitor | None = None,
 ) -> Reading:
     """Read every probe once, leaving no trace in the model.
 
@@ -42,21 +54,25 @@ def read(
         model: what the trainer trains, adapters included; called as a whole, so its autocast applies.
         encode: the features to read.
         readout: where features are read: ``last`` prompt token, or ``mean``/``max`` over the prompt's own tokens.
+        visit: called with every batch as it is read, for those who want gradients too.
 
     Raises:
         NotFiniteError: NaN or inf in activations or log-probabilities; says how many probes.
     """
-    one_pass = _tree_pass if tree_in_one_pass(model) else _cached_pass
+    one_pass = tree_pass if tree_in_one_pass(model) else _cached_pass
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    with measuring(model):
+    with measuring(model, gradients=visit is not None):
         device = next(model.parameters()).device
         for batch in batches.batches:
             batch = batch.to(device)
             stream, edges = one_pass(model, batch, batches, site)
-            parts.append((stream[:, -1].float(), *_features(stream, batch, encode, readout), edges))
+            pre, gate = _features(stream, batch, encode, readout)
+            if visit is not None:
+                visit(batch, pre, gate, edges)
+            parts.append((stream[:, -1].detach().float(), pre.detach(), gate.detach(), edges.detach()))
     order = torch.argsort(torch.cat([batch.index for batch in batches.batches])).to(device)
     hidden, pre, gate, edges = (torch.cat(column)[order] for column in zip(*parts, strict=True))
-    log_probs = _opening_log_probs(edges.double().cpu().numpy(), batches)
+    log_probs = opening_log_probs(edges.double().cpu().numpy(), batches)
     _check_finite(hidden, log_probs)
     return Reading(hidden, pre, gate, log_probs)
 
@@ -72,13 +88,13 @@ def _features(stream: Tensor, batch: ProbeBatch, encode: Encoder, readout: Reado
     return pool(pre, gate, batch.span, readout)
 
 
-def _tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
+def tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
     """Prompt and tree in one pass. Returns the stream ``[row, width + 1, d]`` and edge log-probs ``[row, edge]``."""
     nodes = len(batches.tree.tokens)
     with captured(model, site) as seen:
         output = model(
             input_ids=batch.input_ids,
-            attention_mask=_masks(model, batch),
+            attention_mask=masks(model, batch),
             position_ids=batch.position_ids,
             use_cache=False,
             logits_to_keep=nodes,
@@ -86,7 +102,7 @@ def _tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookS
     return seen[0][:, : batch.width + 1], _edge_log_probs(output.logits[:, -nodes:], batches)
 
 
-def _masks(model: nn.Module, batch: ProbeBatch) -> Tensor | dict[str, Tensor]:
+def masks(model: nn.Module, batch: ProbeBatch) -> Tensor | dict[str, Tensor]:
     """The batch's mask as this model takes it: windows cut by position, not by column, and per layer type if mixed."""
     config = unwrap(model).config.get_text_config()
 
@@ -153,7 +169,8 @@ def _edge_log_probs(logits: Tensor, batches: ProbeBatches) -> Tensor:
     return torch.stack([row.float().log_softmax(dim=-1)[nodes, tokens] for row in logits])
 
 
-def _opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:
+def opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:
+    """``edges [row, edge]``, log P of the tree's edges -> log P of its openings ``[row, opening]``."""
     return np.stack([edges[:, list(path)].sum(axis=1) for path in batches.tree.paths], axis=1)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import numpy as np
 
 from smda_callbacks.records import WindowRecord
-from smda_callbacks.sinks import wandb_tables as tables
+from smda_callbacks.sinks import wandb_media as media
 from smda_callbacks.sinks.codec import dumps
 from smda_callbacks.sinks.metric_values import Progress
 from smda_callbacks.sinks.metrics import STEP, rows_of_window, summary_of_progress
 from smda_callbacks.sinks.store_reader import RunStore
+from smda_callbacks.sinks.wandb_private import LogText
+from smda_callbacks.sinks.wandb_tables import Table, gaps_table
 
 #: Recomputed numbers differ by rounding on another machine: relative, and absolute for what is rounding and no more.
 RELATIVE, ABSOLUTE = 1e-8, 1e-12
@@ -28,63 +30,69 @@ def logged_faults(store: RunStore, records: list[WindowRecord]) -> tuple[int, li
 
     ``records``: the baseline and all windows. Numbers are compared to 1e-8, relative; words must be the same.
     """
-    progress, expected = _replay(store, records)
-    entries, faults = store.logged(), []
-    for entry in entries:
-        step = entry["step"]
-        if "summary" in entry:
-            last = max(each for each in progress if each <= max(step, store.baseline.step))
-            summary = _as_json(summary_of_progress(store.start, progress[last]))
-            faults += _differences(f"the summary of step {step}", entry["summary"], summary)
-            continue
-        row = {name: value for name, value in entry["row"].items() if name != STEP}
-        if any(isinstance(value, Mapping) for value in row.values()):
-            for name, table in row.items():
-                faults += _table_faults(store, progress, step, name, table)
-        elif step in expected and set(row) != {ALERT}:
-            faults += _differences(f"step {step}", row, expected[step])
-        elif set(row) != {ALERT}:
-            faults.append(f"step {step} was logged but has no window")
+    entries = store.logged()
+    rows, at_moments = _sorted(store, records, entries)
+    faults, now = [], Progress.at(store.start)
+    for record in records if entries else ():  # one after another: a run's progress is too large to keep for all
+        now = now.after(record)
+        expected = _as_json(rows_of_window(record, store.start, now.total)) if record.step in rows else {}
+        for row in rows.pop(record.step, []):
+            faults += _differences(f"step {record.step}", row, expected)
+        if record is now.last:
+            for entry in at_moments.pop(record.step, []):
+                faults += _moment_faults(store, now, entry)
+    faults += [f"step {step} was logged but has no window" for step, some in rows.items() for _ in some]
+    for entry in (entry for some in at_moments.values() for entry in some):
+        faults += _moment_faults(store, None, entry)
     return len(entries), faults + _alert_faults(store, records, entries)
 
 
-def _replay(store: RunStore, records: list[WindowRecord]) -> tuple[dict[int, Progress], dict[int, Any]]:
-    """The run's progress by the step of its last ok record, and the metrics of every record by step."""
-    now, progress, rows = Progress.at(store.start), {}, {}
-    for record in records:
-        now = now.after(record)
-        progress[now.last.step] = now
-        rows[record.step] = _as_json(rows_of_window(record, store.start, now.total))
-    return progress, rows
+def _sorted(
+    store: RunStore, records: list[WindowRecord], entries: list[dict[str, Any]]
+) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+    """Rows of metrics by the step of their window; tables and summaries by that of the ok record they show."""
+    rows: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    moments: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    shown = [record.step for record in records if record.status == "ok"]
+    for entry in entries:
+        step = entry["step"]
+        row = {name: value for name, value in entry.get("row", {}).items() if name != STEP}
+        if "summary" in entry:
+            moments[max(each for each in shown if each <= max(step, store.baseline.step))].append(entry)
+        elif any(isinstance(value, Mapping) for value in row.values()):
+            moments[step].append(entry)
+        elif set(row) != {ALERT}:
+            rows[step].append(row)
+    return rows, moments
 
 
-def _table_faults(store: RunStore, progress: Mapping[int, Progress], step: int, name: str, table: Any) -> list[str]:
-    candidates = [_as_json(vars(each)) for each in _tables(store, progress.get(step), step, name)]
-    if not candidates:
-        return [f"{name} of step {step} cannot be made from the store"]
-    return [] if any(_same(table, each) for each in candidates) else [f"{name} of step {step} differs"]
+def _moment_faults(store: RunStore, progress: Progress | None, entry: Mapping[str, Any]) -> list[str]:
+    """What is wrong with tables or a summary; ``progress``: where the run was then, None if it was nowhere."""
+    step = entry["step"]
+    if "summary" in entry and progress is not None:
+        summary = _as_json(summary_of_progress(store.start, progress))
+        return _differences(f"the summary of step {step}", entry["summary"], summary)
+    named = [(name, value) for name, value in entry["row"].items() if name != STEP]
+    return [fault for name, table in named for fault in _table_faults(store, progress, step, name, table)]
 
 
-def _tables(store: RunStore, progress: Progress | None, step: int, name: str) -> list[tables.Table]:
-    """What the table ``name`` may hold at ``step``: probe texts are sent in one of several ways, gaps twice."""
-    if name == tables.GAPS:
+def _table_faults(store: RunStore, progress: Progress | None, step: int, name: str, table: Any) -> list[str]:
+    found = False
+    for each in _tables(store, progress, step, name):
+        found = True
+        if _same(table, _as_json(vars(each))):
+            return []
+    return [f"{name} of step {step} differs" if found else f"{name} of step {step} cannot be made from the store"]
+
+
+def _tables(store: RunStore, progress: Progress | None, step: int, name: str) -> Iterator[Table]:
+    """What the table ``name`` may hold at ``step``: texts are sent in one of several ways, gaps twice."""
+    if name == media.GAPS:
         end = store.end
         moments = [(store.baseline.step, store.gaps_start)] + ([(end.step, end.gaps)] if end else [])
-        return [tables.gaps_table(gaps) for moment, gaps in moments if moment == step]
-    if progress is None:
-        return []
-    if name == tables.PROBES:
-        return [tables.probes_table(store.start, progress, log_text) for log_text in get_args(tables.LogText)]
-    build = _BUILDERS.get(name)
-    return [build(store.start, progress)] if build else []
-
-
-_BUILDERS: Mapping[str, Callable[..., tables.Table]] = {
-    tables.CATEGORIES: tables.categories_table,
-    tables.FEATURES: tables.features_table,
-    tables.FEATURE_PLOT: tables.feature_bars,
-    tables.CATEGORY_PLOT: tables.category_bars,
-}
+        yield from (gaps_table(gaps) for moment, gaps in moments if moment == step)
+    elif progress is not None and name in media.BY_KEY:
+        yield from (media.BY_KEY[name].build(store.start, progress, each) for each in get_args(LogText))
 
 
 def _alert_faults(store: RunStore, records: list[WindowRecord], entries: list[dict[str, Any]]) -> list[str]:

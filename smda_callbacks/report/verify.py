@@ -20,6 +20,9 @@ from smda_callbacks.maths.ridge import fit_ridge
 from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, ROWS, Array, Snapshot, WindowRecord, policy_hash, probe_hash
 from smda_callbacks.report.check import TOLERANCE, Check, Errors, counted, format_checks
 from smda_callbacks.report.logged import logged_faults
+from smda_callbacks.report.verify_audit import check_audited
+from smda_callbacks.report.verify_ledger import check_ledger
+from smda_callbacks.sinks.attribution import chained, is_audit
 from smda_callbacks.sinks.store_reader import RunStore
 
 __all__ = ["Check", "format_checks", "verify"]
@@ -27,7 +30,7 @@ __all__ = ["Check", "format_checks", "verify"]
 
 @dataclass(frozen=True)
 class _Step:
-    """An ok window, with the last ok record before it: its shift leads from one to the other."""
+    """An ok window, with the record that its shift leads from: the last ok one before it, in an audit the baseline."""
 
     before: WindowRecord
     window: WindowRecord
@@ -40,10 +43,14 @@ def verify(store: RunStore) -> list[Check]:
       coefficients.
     * ``telescoping``: the sum of all shifts is last coefficients minus first.
     * ``accounts``: rows of every category as recomputed, over features too; they sum to the measured change.
+    * ``ledger``: where pairs are attributed, their books; see :mod:`~smda_callbacks.report.verify_ledger`.
     * ``policy``: the coefficients at the start as refitted on the baseline snapshot.
     * ``hashes``: of probes and policy, as in the manifest.
     * ``contiguity``: every optimizer step in one window; skipped ones are named.
     * ``logged``: metrics, tables and summary sent to a tracker, as made again from the windows.
+
+    In an audit every window is a pair's change from the baseline: ``telescoping`` compares each shift with the change
+    of the coefficients from there, ``contiguity`` finds every pair and repeat once.
 
     Raises StoreError where a file of the store is damaged.
     """
@@ -52,6 +59,7 @@ def verify(store: RunStore) -> list[Check]:
         "shifts": _check_shifts,
         "telescoping": _check_telescoping,
         "accounts": _check_accounts,
+        "ledger": check_ledger,
         "policy": _check_policy,
         "hashes": _check_hashes,
         "contiguity": _check_contiguity,
@@ -69,7 +77,7 @@ def verify(store: RunStore) -> list[Check]:
 def _check_shifts(store: RunStore, records: list[WindowRecord]) -> Check:
     errors = Errors()
     size = _largest(record.coef for record in records)
-    for step in _steps(records):
+    for step in _steps(store, records):
         window, where = step.window, f"step {step.window.step}"
         before, after = _state(step.before.snapshot), _state(window.snapshot)
         split = split_shift(before, after, scale=store.policy.scale, lam=store.policy.lam)
@@ -79,24 +87,30 @@ def _check_shifts(store: RunStore, records: list[WindowRecord]) -> Check:
         errors.note(f"coef, {where}", window.coef, fit.coef, size)
         errors.note(f"intercept, {where}", window.intercept, fit.intercept, _largest([fit.intercept]))
         errors.note(f"sum of parts, {where}", _total(window), _known(window.coef) - _known(step.before.coef), size)
-    return errors.check("shifts", f"{_ok(records)} windows recomputed from their snapshots")
+    return errors.check("shifts", f"{_ok(store, records)} windows recomputed from their snapshots")
 
 
 def _check_telescoping(store: RunStore, records: list[WindowRecord]) -> Check:
-    errors, steps = Errors(), list(_steps(records))
+    errors, steps = Errors(), list(_steps(store, records))
+    size = _largest(record.coef for record in records)
+    if is_audit(store.manifest):
+        for step in steps:
+            moved = _known(step.window.coef) - _known(store.baseline.coef)
+            errors.note(f"sum of parts, step {step.window.step}", _total(step.window), moved, size)
+        return errors.check("telescoping", f"an audit: {len(steps)} shifts, each from the baseline to its own end")
     if steps:
         last = steps[-1].window
         total = np.sum([_total(step.window) for step in steps], axis=0)
         moved = _known(last.coef) - _known(store.baseline.coef)
         place = f"sum of shifts, steps {store.baseline.step} to {last.step}"
-        errors.note(place, total, moved, _largest(record.coef for record in records))
+        errors.note(place, total, moved, size)
     return errors.check("telescoping", f"{len(steps)} shifts sum to last minus first coefficients")
 
 
 def _check_accounts(store: RunStore, records: list[WindowRecord]) -> Check:
     errors, groups = Errors(), store.groups
     size = _largest(record.snapshot.y for record in records if record.snapshot)
-    for step in _steps(records):
+    for step in _steps(store, records):
         window, where = step.window, f"step {step.window.step}"
         before, after = _state(step.before.snapshot), _state(window.snapshot)
         policy = store.policy
@@ -107,7 +121,7 @@ def _check_accounts(store: RunStore, records: list[WindowRecord]) -> Check:
             errors.note(f"{row} over features, {where}", window.feature_account[row], books.features[row], size)
         measured = mean_by_group(after.y - before.y, groups)
         errors.note(f"sum of rows, {where}", np.sum([window.account[row] for row in ROWS], axis=0), measured, size)
-    return errors.check("accounts", f"{_ok(records)} windows close on the measured change of every category")
+    return errors.check("accounts", f"{_ok(store, records)} windows close on the measured change of every category")
 
 
 def _check_policy(store: RunStore, records: list[WindowRecord]) -> Check:
@@ -137,6 +151,8 @@ def _check_hashes(store: RunStore, records: list[WindowRecord]) -> Check:
 
 
 def _check_contiguity(store: RunStore, records: list[WindowRecord]) -> Check:
+    if is_audit(store.manifest):
+        return check_audited(store, records)
     faults: list[str] = []
     skipped: list[int] = []
     for previous, window in pairwise(records):
@@ -169,17 +185,13 @@ def _check_logged(store: RunStore, records: list[WindowRecord]) -> Check:
     return counted("logged", faults, f"{count} entries made again" if count else "nothing was sent to a tracker")
 
 
-def _steps(records: list[WindowRecord]) -> Iterator[_Step]:
-    last = records[0]
-    for window in records[1:]:
-        if window.status == "ok":
-            yield _Step(last, window)
-            last = window
+def _steps(store: RunStore, records: list[WindowRecord]) -> Iterator[_Step]:
+    return (_Step(before, window) for before, window in chained(store.start, records[1:]))
 
 
-def _ok(records: list[WindowRecord]) -> int:
+def _ok(store: RunStore, records: list[WindowRecord]) -> int:
     """Number of ok windows, the baseline left out."""
-    return sum(1 for _ in _steps(records))
+    return sum(1 for _ in _steps(store, records))
 
 
 def _last_ok(records: list[WindowRecord], before: int) -> WindowRecord:

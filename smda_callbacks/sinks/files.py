@@ -46,7 +46,7 @@ TABLES = "tables"
 #: Files that can be there before the manifest is: a folder of nothing else is a store whose writer was stopped early.
 HEAD = frozenset({PROBES, f"{POLICY}.json", f"{POLICY}.safetensors", NOISE, GAPS, STEPS, ALERTS, LOGGED})
 
-_PART = ".part"
+PART = ".part"
 _STEP = re.compile(r"(\d{9,})\.safetensors")
 
 
@@ -56,7 +56,7 @@ class StoreError(ValueError):
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write ``path`` so that a kill leaves the old state or the new one: ``.part`` beside, fsync, rename."""
-    part = path.with_name(path.name + _PART)
+    part = path.with_name(path.name + PART)
     with part.open("wb") as file:
         file.write(data)
         file.flush()
@@ -167,7 +167,7 @@ def read_manifest(root: Path) -> dict[str, Any]:
 
 def remove_parts(root: Path) -> None:
     """Delete what a killed writer left unfinished."""
-    for part in (*root.glob(f"*{_PART}"), *root.glob(f"*/*{_PART}")):
+    for part in (*root.glob(f"*{PART}"), *root.glob(f"*/*{PART}")):
         part.unlink(missing_ok=True)
 
 

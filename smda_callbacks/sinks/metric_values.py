@@ -7,7 +7,8 @@ where there is nothing to report. An entry that is NaN is left out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,47 +16,61 @@ from numpy.typing import NDArray
 from smda_callbacks.maths.account import mean_by_group
 from smda_callbacks.maths.uncertainty import above_floor, step_floor
 from smda_callbacks.records import PATHWAYS, ROWS, Array, NoiseFloor, Probe, RunStart, WindowRecord
+from smda_callbacks.sinks.pair_table import PairTable, table_of
+from smda_callbacks.sinks.pair_totals import PairTotals
 
 GROUPS = ("refuse", "comply")
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has come to: its last ok record, and the sum of the shifts since the start.
+    """What a run has come to: its last ok record, and sums since the start.
 
-    ``total``: part of PATHWAYS -> ``[feature, behaviour]``, coefficient units.
+    ``total``: shifts, part of PATHWAYS -> ``[feature, behaviour]``, coefficient units. ``pairs``: what pairs did; None
+    where nothing is attributed to them.
     """
 
     last: WindowRecord
     total: Mapping[str, Array]
+    pairs: PairTotals | None = None
 
     @classmethod
     def at(cls, start: RunStart) -> Progress:
         """Before the first window: the baseline, and sums of zero."""
-        return cls(start.baseline, {part: np.zeros_like(start.policy.coef) for part in PATHWAYS})
+        zero = {part: np.zeros_like(start.policy.coef) for part in PATHWAYS}
+        return cls(start.baseline, zero, PairTotals.at(start))
 
     def after(self, window: WindowRecord) -> Progress:
-        """After one more window; one that is not ok changes nothing, because the next one spans it."""
+        """After one more window; one that is not ok moves nothing, because the next one spans it."""
+        pairs = None if self.pairs is None else self.pairs.after(window)
         if window.status != "ok":
-            return self
-        return Progress(window, {part: total + window.shift.get(part, 0.0) for part, total in self.total.items()})
+            return replace(self, pairs=pairs)
+        total = {part: total + window.shift.get(part, 0.0) for part, total in self.total.items()}
+        return Progress(window, total, pairs)
+
+    @cached_property
+    def pair_table(self) -> PairTable | None:
+        """What the run's pairs did, made once for all that show it; None where nothing was attributed so far."""
+        return None if self.pairs is None else table_of(self.pairs)
 
 
 def progress_of(start: RunStart, windows: Iterable[WindowRecord]) -> Progress:
     """What a run has come to after ``windows``, in order."""
-    progress = Progress.at(start)
-    for window in windows:
-        progress = progress.after(window)
-    return progress
+    return reduce(Progress.after, windows, Progress.at(start))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a metric is computed from. ``total``: see :class:`Progress`, up to this window; None if not known."""
+    """What a metric is computed from.
+
+    ``total``: see :class:`Progress`, up to this window; None if not known. ``pairs``: what the run's pairs did, for its
+    summary only.
+    """
 
     window: WindowRecord
     start: RunStart
     total: Mapping[str, Array] | None = None
+    pairs: PairTable | None = None
 
 
 def categories(probes: Iterable[Probe]) -> list[str]:

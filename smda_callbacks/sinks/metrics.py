@@ -6,18 +6,17 @@ and no wildcards. A number that is missing or not finite is left out of a row, n
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import product
-from string import Formatter
 from typing import Any
 
 import numpy as np
 
-from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, WindowRecord
+from smda_callbacks.records import Array, RunStart, WindowRecord
 from smda_callbacks.sinks import metric_values as values
+from smda_callbacks.sinks import pair_values
+from smda_callbacks.sinks.metric_axes import AXES, names_of
 from smda_callbacks.sinks.metric_values import Reading
 
 #: The x axis of every metric, as the Hugging Face trainer names it.
@@ -25,13 +24,14 @@ STEP = "train/global_step"
 
 BEHAVIOUR = "Behaviour by group and category"
 POLICY = "Policy and pathways"
+PAIRS = "Training pairs, in windows that are attributed to them"
 NOISE = "Reliability and noise"
 HEALTH = "SAE health"
 COST = "Cost"
 AT_END = "Summary, once at the end"
 
 #: In reading order.
-SECTIONS = (BEHAVIOUR, POLICY, NOISE, HEALTH, COST, AT_END)
+SECTIONS = (BEHAVIOUR, POLICY, PAIRS, NOISE, HEALTH, COST, AT_END)
 
 _BEHAVIOUR_UNIT, _COEF_UNIT, _SHARE = "behaviour", "coefficient", "share in [0, 1]"
 
@@ -40,7 +40,7 @@ _BEHAVIOUR_UNIT, _COEF_UNIT, _SHARE = "behaviour", "coefficient", "share in [0, 
 class Metric:
     """One line of the table.
 
-    ``pattern``: the name, with the axes in braces (:data:`AXES`). ``compute``: its numbers over these axes, in their
+    ``pattern``: the name, with axes in braces (metric_axes.AXES). ``compute``: its numbers over these axes, in their
     order. ``known``: whether a run has the metric at all; in a single row it may be missing all the same.
     """
 
@@ -50,11 +50,6 @@ class Metric:
     meaning: str
     compute: Callable[[Reading], Any]
     known: Callable[[RunStart], bool] = lambda start: True
-
-    @property
-    def axes(self) -> list[str]:
-        """Names of the axes in the pattern."""
-        return [field for _, field, _, _ in Formatter().parse(self.pattern) if field is not None]
 
 
 def _of_health(name: str) -> Callable[[Reading], float | None]:
@@ -94,6 +89,19 @@ METRICS: tuple[Metric, ...] = (
            "how far the first-order shift is from the exact one", lambda r: r.window.first_order_error),
     Metric("smda/policy/r2{further}", POLICY, "R²", "fit of the window's policy, in sample", values.r2),
     Metric("smda/policy/r2_loo{further}", POLICY, "R²", "the same, leave-one-out", values.r2_loo),
+    Metric("smda/{behaviour}_ledger_refuse/{line}", PAIRS, _BEHAVIOUR_UNIT,
+           "line of the ledger of the mean over the probes to refuse", pair_values.ledger, pair_values.has_ledger),
+    Metric("smda/pairs/count", PAIRS, "pairs", "pairs that the window was trained on",
+           pair_values.of_book(lambda book: len(book.ids)), pair_values.attributes),
+    Metric("smda/pairs/flagged", PAIRS, "pairs",
+           "those whose largest effect on a coefficient is unintended, and more than twice its noise floor",
+           pair_values.flagged, pair_values.attributes),
+    Metric("smda/pairs/capture_error", PAIRS, "relative",
+           "difference between the sum of the pairs' gradients and the optimizer's gradient",
+           pair_values.of_book(lambda book: book.capture_error), pair_values.attributes),
+    Metric("smda/pairs/update_error", PAIRS, "share of the update",
+           "weight update that its parts miss; large on ill-conditioned bf16 steps",
+           pair_values.of_book(lambda book: book.update_error), pair_values.attributes),
     Metric("smda/reliability/{part}", NOISE, "correlation",
            "of this part of the shift between two halves of the probes, over features", values.reliability),
     Metric("smda/reliability/above_floor_{part}{further}", NOISE, _SHARE,
@@ -115,6 +123,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("smda/sae/jaccard", HEALTH, _SHARE,
            "mean overlap of the active features with those at the start", _of_health("jaccard")),
     Metric("smda/cost/seconds", COST, "s", "wall time of the measurement", lambda r: r.window.seconds),
+    Metric("smda/cost/attribution_seconds", COST, "s", "wall time of the attribution, beside the measurement's",
+           pair_values.of_book(lambda book: book.seconds), pair_values.attributes),
     Metric("smda/run/skipped_steps", COST, "steps",
            "optimizer steps of the window that the optimizer skipped", lambda r: len(r.window.skipped)),
     Metric("smda/run/unreadable", COST, "0 or 1",
@@ -135,28 +145,18 @@ SUMMARY: tuple[Metric, ...] = (
            "L2 norm over features of this part summed over the run", values.total_norms),
     Metric("smda/summary/total{further}", AT_END, _COEF_UNIT,
            "L2 norm of the coefficients' change, start to end", values.coef_norm),
+    Metric("smda/summary/{behaviour}_unexplained", AT_END, "relative to what was measured",
+           "what the ledger leaves unexplained of the change of the probes to refuse, over the attributed windows",
+           pair_values.unexplained, pair_values.has_ledger),
+    Metric("smda/summary/pairs_flagged", AT_END, "pairs",
+           "pairs whose largest effect on a coefficient, over the run, is unintended and above twice its noise floor",
+           pair_values.of_run(lambda table: float(table.flagged.sum())), pair_values.attributes),
+    Metric("smda/summary/top_interfering_row", AT_END, "row of the data set",
+           "the flagged pair with the largest share of its effect on unintended features",
+           pair_values.of_run(pair_values.top_interfering), pair_values.attributes),
+    Metric("smda/summary/attributed_windows", AT_END, "windows", "windows that were attributed to pairs",
+           pair_values.attributed_windows, pair_values.attributes),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A placeholder of the names: its values in a run, and what it stands for."""
-
-    of_run: Callable[[RunStart], Sequence[str]]
-    meaning: str
-
-
-AXES: Mapping[str, Axis] = {
-    "behaviour": Axis(lambda start: start.policy.behaviours, "a scored behaviour, such as `refusal`"),
-    "group": Axis(lambda start: values.groups(start.probes), "the probes that should be met with `refuse` or `comply`"),
-    "category": Axis(lambda start: values.categories(start.probes), "a category of probes"),
-    "part": Axis(lambda start: PATHWAYS, f"{', '.join(f'`{part}`' for part in PATHWAYS)}"),
-    "row": Axis(lambda start: ROWS, f"{', '.join(f'`{row}`' for row in ROWS)}"),
-    "further": Axis(
-        lambda start: ["", *(f"_{name}" for name in start.policy.behaviours[1:])],
-        "empty for the first behaviour, `_` and its name for every further one",
-    ),
-}
 
 
 def metric_names(start: RunStart) -> list[str]:
@@ -165,7 +165,7 @@ def metric_names(start: RunStart) -> list[str]:
     In the names of behaviours and categories, what is not a letter, a digit, ``_`` or ``-`` becomes ``_``. Raises
     ValueError where two metrics would get one name.
     """
-    names = [name for metric in METRICS if metric.known(start) for name in _names(metric, start)]
+    names = [name for metric in METRICS if metric.known(start) for name in names_of(metric.pattern, start)]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ValueError(
@@ -192,7 +192,7 @@ def summary_of_run(start: RunStart, windows: Iterable[WindowRecord]) -> dict[str
 
 def summary_of_progress(start: RunStart, progress: values.Progress) -> dict[str, float]:
     """The same as :func:`summary_of_run` from running sums, for a writer that does not keep the windows."""
-    return _row(SUMMARY, Reading(progress.last, start, progress.total))
+    return _row(SUMMARY, Reading(progress.last, start, progress.total, progress.pair_table))
 
 
 def markdown_table() -> str:
@@ -217,24 +217,6 @@ def _row(metrics: Iterable[Metric], reading: Reading) -> dict[str, float]:
         found = metric.compute(reading) if metric.known(reading.start) else None
         if found is not None:
             numbers = np.asarray(found, dtype=np.float64).ravel().tolist()
-            named = zip(_names(metric, reading.start), numbers, strict=True)
+            named = zip(names_of(metric.pattern, reading.start), numbers, strict=True)
             row |= {name: number for name, number in named if np.isfinite(number)}
     return row
-
-
-def _names(metric: Metric, start: RunStart) -> list[str]:
-    axes = metric.axes
-    choices = product(*(_slugs(AXES[axis].of_run(start)) for axis in axes))
-    return [metric.pattern.format_map(dict(zip(axes, choice, strict=True))) for choice in choices]
-
-
-def _slugs(names: Iterable[str]) -> list[str]:
-    """Names fit for a metric's name, all different, in their order."""
-    found: list[str] = []
-    for name in names:
-        slug = base = re.sub(r"[^\w-]", "_", name)
-        count = 2
-        while slug in found:
-            slug, count = f"{base}_{count}", count + 1
-        found.append(slug)
-    return found

@@ -53,6 +53,22 @@ def set_aside(path: Path, step: int) -> None:
         table.unlink()
 
 
+def clear_unfinished(path: Path) -> None:
+    """Delete what a writer left that was stopped before its store was one: the files before training, and no window.
+
+    Does nothing to a folder that is a store, or that holds anything else.
+    """
+    if not path.is_dir() or (path / files.MANIFEST).exists():
+        return
+    found = [item for item in path.rglob("*") if not item.is_dir()]
+    head = files.HEAD | {files.MANIFEST, files.step_file(path, 0).name}
+    if all(item.name.removesuffix(files.PART) in head for item in found):
+        for item in found:
+            item.unlink()
+        if (path / files.STEPS).is_dir() and not any((path / files.STEPS).iterdir()):
+            (path / files.STEPS).rmdir()
+
+
 def _set_rows_aside(path: Path, step: int, prefix: str) -> None:
     rows = files.read_rows(path)
     later = [row for row in rows if row["step"] > step]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from smda_callbacks.records import Alert, NoiseFloor, PolicyRecord, Probe, RunEnd, RunStart, WindowRecord
 from smda_callbacks.sinks import files
+from smda_callbacks.sinks.attribution import is_audit
 from smda_callbacks.sinks.codec import decode
 from smda_callbacks.sinks.files import StoreError
 
@@ -88,7 +89,12 @@ class RunStore:
         return self._record(step)
 
     def last_ok(self, step: int | None = None) -> WindowRecord:
-        """The last ok record, up to ``step`` if given, else the baseline: what the next window starts from."""
+        """The last ok record, up to ``step`` if given, else the baseline: what the next window starts from.
+
+        In an audit, where every window starts from the baseline, that is the baseline.
+        """
+        if is_audit(self.manifest):
+            return self.baseline
         for each in reversed(files.list_steps(self.path)):
             if each != self.baseline.step and (step is None or each <= step):
                 record = self._record(each)

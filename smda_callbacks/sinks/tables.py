@@ -25,11 +25,14 @@ window is null. Windows that are not ``ok`` appear in ``steps`` only.
     ``step``, ``behaviour``, one column for each part (L2 norm over features), ``total`` (norm of their sum),
     ``cumulative`` (norm of the coefficients' change since the baseline), ``first_order_error`` (of the whole window),
     ``reliability_<part>`` (split-half, of the whole window).
+
+Runs that attribute their change to pairs have those of :mod:`smda_callbacks.sinks.pair_tables` too: ``pairs``,
+``pair_totals``, ``pair_steps`` and ``ledger``. In an audit every record is one pair's change from the baseline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,23 +42,31 @@ import pyarrow.parquet as pq
 
 from smda_callbacks.maths.account import mean_by_group
 from smda_callbacks.maths.uncertainty import above_floor, step_floor
-from smda_callbacks.records import PATHWAYS, ROWS, Array, SAEHealth, WindowRecord
+from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, SAEHealth, WindowRecord
 from smda_callbacks.sinks import files
+from smda_callbacks.sinks.attribution import is_attributed
 from smda_callbacks.sinks.files import StoreError
+from smda_callbacks.sinks.pair_tables import PAIR_TABLES
 from smda_callbacks.sinks.store_reader import RunStore
 
 Columns = dict[str, Any]
+_Builder = Callable[[RunStore, list[WindowRecord]], pa.Table]
 
 _HEALTH = tuple(SAEHealth.__dataclass_fields__)
 
 
 def build_table(store: RunStore, name: str) -> pa.Table:
-    """The table ``name`` of ``store``. Raises StoreError for a name other than those of :data:`TABLES`."""
-    if name not in TABLES:
+    """The table ``name`` of ``store``.
+
+    Raises StoreError for a name other than those of :data:`TABLES` and, where pairs are attributed, of PAIR_TABLES.
+    """
+    builders = _builders(store)
+    if name not in builders:
+        rest = " The run attributes nothing to pairs, and so has no table of them." if name in PAIR_TABLES else ""
         raise StoreError(
-            f"there is no table {name!r}; allowed are {', '.join(TABLES)}. See smda_callbacks.sinks.tables."
+            f"there is no table {name!r}; allowed are {', '.join(builders)}. See smda_callbacks.sinks.tables.{rest}"
         )
-    return TABLES[name](store, [store.baseline, *store.windows()])
+    return builders[name](store, [store.baseline, *store.windows()])
 
 
 def write_tables(path: Path) -> None:
@@ -63,7 +74,7 @@ def write_tables(path: Path) -> None:
     store = RunStore.open(path)
     records = [store.baseline, *store.windows()]
     (path / files.TABLES).mkdir(exist_ok=True)
-    for name, build in TABLES.items():
+    for name, build in _builders(store).items():
         buffer = pa.BufferOutputStream()
         pq.write_table(build(store, records), buffer, compression="zstd")
         files.write_atomic(path / files.TABLES / f"{name}.parquet", buffer.getvalue().to_pybytes())
@@ -138,12 +149,23 @@ def _pathways(store: RunStore, records: list[WindowRecord]) -> pa.Table:
 
 
 #: The tables by name.
-TABLES: Mapping[str, Callable[[RunStore, list[WindowRecord]], pa.Table]] = {
+TABLES: Mapping[str, _Builder] = {
     "steps": _steps,
     "categories": _categories,
     "features": _features,
     "pathways": _pathways,
 }
+
+
+def _builders(store: RunStore) -> dict[str, _Builder]:
+    """The tables that a run has."""
+    if not is_attributed(store.manifest):
+        return dict(TABLES)
+    return {**TABLES, **{name: _of_pairs(build) for name, build in PAIR_TABLES.items()}}
+
+
+def _of_pairs(build: Callable[[RunStart, Sequence[WindowRecord]], pa.Table]) -> _Builder:
+    return lambda store, records: build(store.start, records[1:])
 
 
 def _long(

@@ -10,13 +10,13 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, get_args
 
 from smda_callbacks.records import Alert, RunStart
 from smda_callbacks.sinks import files
-from smda_callbacks.sinks.codec import dumps
 from smda_callbacks.sinks.metrics import STEP
-from smda_callbacks.sinks.wandb_tables import LogText, Table, shown_text
+from smda_callbacks.sinks.wandb_private import LogText, shown_files
+from smda_callbacks.sinks.wandb_tables import Table
 
 PROJECT = "smda"
 TITLE_LENGTH = 63
@@ -30,6 +30,19 @@ DEFAULTS: Mapping[str, Any] = {
     "x_transaction_log_flush_interval": 2.0,
     "finish_timeout": 60.0,
 }
+
+
+def check_options(mode: str | None, tables_every: int, log_text: str, finish_timeout: float, queue_size: int) -> None:
+    """Raise ValueError for options of a WandbSink that are not allowed."""
+    if mode not in (None, "online", "offline", "disabled"):
+        raise ValueError(f"mode is {mode!r}; allowed are online, offline, disabled and None. None keeps W&B's default.")
+    if log_text not in get_args(LogText):
+        raise ValueError(f"log_text is {log_text!r}; allowed are {', '.join(get_args(LogText))}. The default is none.")
+    if min(tables_every, queue_size) < 1 or finish_timeout < 0:
+        raise ValueError(
+            f"tables_every is {tables_every}, queue_size {queue_size}, finish_timeout {finish_timeout}; the first two "
+            "must be at least 1 and the last at least 0. Leave them out for the defaults."
+        )
 
 
 def attach(project: str | None, mode: str | None) -> tuple[Any, bool]:
@@ -101,19 +114,18 @@ def log_policy(run: Any, store: Path, start: RunStart) -> None:
 
 
 def log_store(run: Any, store: Path, start: RunStart, log_text: LogText) -> None:
-    """Send the run store as an artifact. Waits for the server.
+    """Send the run store as an artifact, texts in it as ``log_text`` says. Waits for the server.
 
-    Unless all text may be sent, ``probes.jsonl`` is left out and ``probes_shown.jsonl`` put in its place, with the
-    hash of the text or without it; a store that is to be opened again needs the probe file from elsewhere.
+    See :func:`~smda_callbacks.sinks.wandb_private.shown_files`. Without ``probes.jsonl``, a store that is to be opened
+    again needs the probe file from elsewhere.
     """
     artifact = _artifact(run, "store", start)
-    for path in sorted(store.rglob("*")):
-        if path.is_file() and path.suffix != ".part" and (log_text == "full" or path.name != files.PROBES):
-            artifact.add_file(str(path), name=path.relative_to(store).as_posix(), skip_cache=True)
-    if log_text != "full":
-        with artifact.new_file("probes_shown.jsonl") as file:
-            for probe in start.probes:
-                file.write(dumps({**vars(probe), "text": shown_text(probe, log_text)}) + "\n")
+    for name, content in shown_files(store, start.probes, log_text):
+        if isinstance(content, Path):
+            artifact.add_file(str(content), name=name, skip_cache=True)
+        else:
+            with artifact.new_file(name, mode="wb") as file:
+                file.write(content)
     run.log_artifact(artifact)
 
 

@@ -7,7 +7,7 @@ Rules, each for a measured reason (wandb 0.31):
 * Every call is wrapped: a W&B that fails costs one warning, then silence, and nothing in training.
 * Rows carry ``train/global_step`` and no ``step=``; metrics are defined by their exact names.
 * A run that somebody else opened is used and left open; a run of our own is finished.
-* Probe texts stay here unless ``log_text`` says otherwise.
+* Texts of probes and training pairs stay here unless ``log_text`` says otherwise.
 * Alerts go out offline, and online only straight after a call that the server answered: see
   :func:`smda_callbacks.sinks.wandb_run.send_alert`. They are counted in ``smda/alerts/count`` in any case.
 """
@@ -17,14 +17,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
-from smda_callbacks.sinks import files, wandb_run, wandb_tables
+from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_tables
 from smda_callbacks.sinks.metric_values import Progress
 from smda_callbacks.sinks.metrics import STEP, metric_names, rows_of_window, summary_of_progress
-from smda_callbacks.sinks.wandb_tables import LogText, Table
+from smda_callbacks.sinks.wandb_private import LogText
+from smda_callbacks.sinks.wandb_tables import Table
 from smda_callbacks.sinks.wandb_worker import Worker
 
 logger = logging.getLogger("smda_callbacks")
@@ -37,7 +39,7 @@ class WandbSink:
         project, mode: of a run of our own; the environment (``WANDB_PROJECT``, ``WANDB_MODE``) and W&B's settings file
             go before them. Without any, the project is ``smda`` and the mode W&B's default.
         tables_every: tables and plots at every so many windows, and at the start and the end.
-        log_text: what is sent of a probe's text: ``none``, ``hash`` (16 hex digits of its SHA-256) or ``full``.
+        log_text: what is sent of the text of probes and pairs: ``none``, ``hash`` (16 hex digits of SHA-256), ``full``.
         store_path: run store to send as artifacts, the policy at the start and the whole at the end; None sends none.
         logged_path: file to which everything handed to W&B is appended, as ``{"step", "row"}`` or
             ``{"step", "summary"}``; default: ``logged.jsonl`` in the run store, if there is one.
@@ -59,7 +61,7 @@ class WandbSink:
         finish_timeout: float = 10.0,
         queue_size: int = 32,
     ) -> None:
-        _check(mode, tables_every, log_text, finish_timeout, queue_size)
+        wandb_run.check_options(mode, tables_every, log_text, finish_timeout, queue_size)
         self.project, self.mode, self.tables_every, self.log_text = project, mode, tables_every, log_text
         self.store_path, self.alerts, self.finish_timeout = store_path, alerts, finish_timeout
         self.logged_path = logged_path or (store_path / files.LOGGED if store_path else None)
@@ -144,14 +146,14 @@ class WandbSink:
         self._run, self._own = wandb_run.attach(self.project, self.mode)
         if self._own:
             self._guard("defining the x axis", lambda: self._run.define_metric(STEP))
-        names = [*self._names, *wandb_tables.HISTORY_KEYS]
+        names = [*self._names, *wandb_media.history_keys(start)]
         self._guard("defining metrics", lambda: wandb_run.define(self._run, names))
         facts = {"smda": dict(start.manifest)}
         self._guard("sending the configuration", lambda: self._run.config.update(facts, allow_val_change=True))
         before = Progress.at(start)
         self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
         self._submit_tables(start, before)
-        self._submit_table(wandb_tables.GAPS, lambda: wandb_tables.gaps_table(start.gaps), start.baseline.step)
+        self._submit_table(wandb_media.GAPS, lambda: wandb_tables.gaps_table(start.gaps), start.baseline.step)
         store = self.store_path
         if store is not None:
             self._worker.submit("sending the policy", lambda: wandb_run.log_policy(self._run, store, start))
@@ -174,19 +176,11 @@ class WandbSink:
         step = done.last.step
         if step == self._tables_at:
             return
-        tables: dict[str, Callable[[], Table]] = {
-            wandb_tables.CATEGORIES: lambda: wandb_tables.categories_table(start, done),
-            wandb_tables.FEATURES: lambda: wandb_tables.features_table(start, done),
-            wandb_tables.PROBES: lambda: wandb_tables.probes_table(start, done, self.log_text),
-        }
-        bars: dict[str, Callable[[], Table]] = {
-            wandb_tables.FEATURE_PLOT: lambda: wandb_tables.feature_bars(start, done),
-            wandb_tables.CATEGORY_PLOT: lambda: wandb_tables.category_bars(start, done),
-        }
-        queued = [self._submit_table(key, build, step, always=always) for key, build in tables.items()]
-        queued += [
-            self._submit_table(key, build, step, wandb_run.log_bars, always=always) for key, build in bars.items()
-        ]
+        queued = []
+        for medium in wandb_media.media_of(start):
+            build = partial(medium.build, start, done, self.log_text)
+            send = wandb_run.log_bars if medium.is_plot else wandb_run.log_table
+            queued.append(self._submit_table(medium.key, build, step, send, always=always))
         self._tables_at = step if all(queued) else None
 
     def _submit_table(
@@ -211,13 +205,13 @@ class WandbSink:
 
         def reach_server() -> None:
             table = wandb_tables.categories_table(start, done)
-            self._send_table(wandb_tables.CATEGORIES, table, done.last.step, wandb_run.log_table)
+            self._send_table(wandb_media.CATEGORIES, table, done.last.step, wandb_run.log_table)
 
         self._worker.submit("sending an alert", lambda: wandb_run.send_alert(self._run, alert, reach_server))
 
     def _submit_end(self, start: RunStart, end: RunEnd) -> None:
         self._submit_tables(start, self._progress, always=True)
-        self._submit_table(wandb_tables.GAPS, lambda: wandb_tables.gaps_table(end.gaps), end.step, always=True)
+        self._submit_table(wandb_media.GAPS, lambda: wandb_tables.gaps_table(end.gaps), end.step, always=True)
         store = self.store_path
         if store is not None:
             send = lambda: wandb_run.log_store(self._run, store, start, self.log_text)  # noqa: E731
@@ -251,15 +245,3 @@ class WandbSink:
                 type(error).__name__,
                 error,
             )
-
-
-def _check(mode: str | None, tables_every: int, log_text: str, finish_timeout: float, queue_size: int) -> None:
-    if mode not in (None, "online", "offline", "disabled"):
-        raise ValueError(f"mode is {mode!r}; allowed are online, offline, disabled and None. None keeps W&B's default.")
-    if log_text not in get_args(LogText):
-        raise ValueError(f"log_text is {log_text!r}; allowed are {', '.join(get_args(LogText))}. The default is none.")
-    if min(tables_every, queue_size) < 1 or finish_timeout < 0:
-        raise ValueError(
-            f"tables_every is {tables_every}, queue_size {queue_size}, finish_timeout {finish_timeout}; the first two "
-            "must be at least 1 and the last at least 0. Leave them out for the defaults."
-        )

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from smda_callbacks.maths.uncertainty import above_floor
-from smda_callbacks.records import PATHWAYS, ROWS, Array, Probe, RunStart, WindowRecord
+from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, WindowRecord
 from smda_callbacks.sinks.metric_values import Progress, Reading, categories, category_means, shift_floor
-
-LogText = Literal["none", "hash", "full"]
-
-CATEGORIES = "smda/tables/categories"
-FEATURES = "smda/tables/features"
-PROBES = "smda/tables/probes"
-GAPS = "smda/tables/gaps"
-FEATURE_PLOT = "smda/plots/feature_shift"
-CATEGORY_PLOT = "smda/plots/category_change"
-
-#: Key -> what it shows; the tables and plots that a run is sent beside its metrics.
-MEDIA: Mapping[str, str] = {
-    CATEGORIES: "behaviour of every category at the start and now, and the account of the last window",
-    FEATURES: "coefficients and shifts of every feature, those that moved most first",
-    PROBES: "behaviour of every probe at the start and now; its text only as `log_text` says",
-    GAPS: "the gap table, at the start and at the end",
-    FEATURE_PLOT: "the features whose magnitude shift since the start is largest, first behaviour",
-    CATEGORY_PLOT: "change of every category since the start, first behaviour",
-}
-
-#: The same as W&B names them in its history: a plot is kept as the table behind it.
-HISTORY_KEYS = tuple(f"{key}_table" if key in (FEATURE_PLOT, CATEGORY_PLOT) else key for key in MEDIA)
+from smda_callbacks.sinks.wandb_private import LogText, shown_text
 
 MAX_ROWS = 2000  # W&B keeps 10,000 rows of a table; the run store has them all
 MAX_BARS = 20
-HASH_DIGITS = 16
+
+#: How the column of texts is called, if there is one.
+TEXT_COLUMN: Mapping[LogText, tuple[str, ...]] = {"none": (), "hash": ("text_sha256",), "full": ("text",)}
 
 
 @dataclass(frozen=True)
@@ -58,7 +38,7 @@ def categories_table(start: RunStart, progress: Progress) -> Table:
         members = [probe for probe in start.probes if probe.category == name]
         for m, behaviour in enumerate(start.policy.behaviours):
             account = [_at(progress.last.account.get(row), c, m) for row in ROWS]
-            means = [_number(before[m, c]), _number(now[m, c]), _number(now[m, c] - before[m, c])]
+            means = [finite(before[m, c]), finite(now[m, c]), finite(now[m, c] - before[m, c])]
             expected = "/".join(sorted({probe.expected for probe in members}))
             rows.append((name, expected, len(members), behaviour, *means, *account))
     head = ("category", "expected", "probes", "behaviour", "mean_start", "mean", "change")
@@ -88,16 +68,15 @@ def features_table(start: RunStart, progress: Progress) -> Table:
 
 def probes_table(start: RunStart, progress: Progress, log_text: LogText) -> Table:
     """One row per probe and behaviour. The text is left out, or its hash, or itself: see :func:`shown_text`."""
-    texts = () if log_text == "none" else ("text_sha256" if log_text == "hash" else "text",)
     rows = []
     for i, probe in enumerate(start.probes):
         for m, behaviour in enumerate(start.policy.behaviours):
             before, now = _reading(start.baseline, i, m), _reading(progress.last, i, m)
             change = now - before if now is not None and before is not None else None
-            text = () if log_text == "none" else (shown_text(probe, log_text),)
+            text = () if log_text == "none" else (shown_text(probe.text, log_text),)
             rows.append((probe.id, probe.category, probe.expected, behaviour, before, now, change, *text))
     head = ("probe", "category", "expected", "behaviour", "start", "now", "change")
-    return Table((*head, *texts), tuple(rows))
+    return Table((*head, *TEXT_COLUMN[log_text]), tuple(rows))
 
 
 def gaps_table(gaps: Sequence[Mapping[str, Any]]) -> Table:
@@ -119,17 +98,7 @@ def category_bars(start: RunStart, progress: Progress) -> Table:
     """Change of every category since the start, first behaviour."""
     change = _means(start, progress.last)[0] - _means(start, start.baseline)[0]
     pairs = zip(categories(start.probes), change, strict=True)
-    return Table(("category", "change"), tuple((name, _number(value)) for name, value in pairs))
-
-
-def shown_text(probe: Probe, log_text: LogText) -> str | None:
-    """What may be sent of a probe's text: None, the first 16 hex digits of its SHA-256, or all of it.
-
-    A hash tells which of a known list of prompts it is; it hides the text only from those who do not have it.
-    """
-    if log_text == "hash":
-        return hashlib.sha256(probe.text.encode()).hexdigest()[:HASH_DIGITS]
-    return probe.text if log_text == "full" else None
+    return Table(("category", "change"), tuple((name, finite(value)) for name, value in pairs))
 
 
 def _means(start: RunStart, window: WindowRecord) -> Array:
@@ -159,14 +128,14 @@ def _largest_first(values: Array) -> list[tuple[int, int]]:
 
 
 def _reading(window: WindowRecord, i: int, m: int) -> float | None:
-    return None if window.snapshot is None else _number(window.snapshot.y[i, m])
+    return None if window.snapshot is None else finite(window.snapshot.y[i, m])
 
 
 def _at(array: Array | None, *place: int) -> float | None:
-    return None if array is None else _number(array[place])
+    return None if array is None else finite(array[place])
 
 
-def _number(value: Any) -> float | None:
+def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
@@ -174,5 +143,5 @@ def _cell(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return ", ".join(f"{feature}: {share:+.3g}" for feature, share in value)
     if isinstance(value, float | np.floating):
-        return _number(value)
+        return finite(value)
     return value.item() if isinstance(value, np.generic) else value

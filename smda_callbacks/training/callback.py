@@ -5,11 +5,13 @@ What a trainer does, with the points where the callback acts marked ``*``::
     on_train_begin           * check everything, distil or load the policy, measure the noise floor, open the sinks
     for every epoch:
         for every optimizer step:
-            on_step_begin
+            on_step_begin          * hooks on: which pairs, and their gradients
             for every micro-batch: forward, backward          (gradient accumulation repeats this)
             clip gradients
-            on_pre_optimizer_step  * note the learning rate
-            optimizer step, scheduler step, zero gradients
+            on_pre_optimizer_step  * hooks off, note the learning rate
+            optimizer step
+            on_optimizer_step      * split the update over the pairs
+            scheduler step, zero gradients
             on_step_end      * every k steps: read the probes, book the window
             on_log           * note the loss
     on_train_end             * book what is left, close the sinks
@@ -28,6 +30,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smda_callbacks.records import Alert, WindowRecord
+from smda_callbacks.training.attribution_start import Trainer
 from smda_callbacks.training.monitor import Monitor
 from smda_callbacks.training.plan import Plan
 
@@ -64,12 +67,20 @@ class MeasuringCallback(TrainerCallback):
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
-        self.monitor = Monitor(self.plan, model, tokenizer, args, state.global_step, rate)
+        trainer = Trainer(args, kwargs.get("optimizer"), kwargs.get("train_dataloader"), tokenizer)
+        self.monitor = Monitor(self.plan, model, trainer, state.global_step, rate)
         logger.info(opening_line(self.monitor))
+        logger.info(attribution_line(self.monitor))
         if group_means(self.monitor)[0] < RARE:
             logger.warning(
                 "this model refuses almost none of the probes to refuse; smda check shows how it answers them"
             )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See which pairs go through the model."""
+        self._pairs("begin_step")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -78,6 +89,13 @@ class MeasuringCallback(TrainerCallback):
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             self._trainer["learning_rate"] = float(optimizer.param_groups[0]["lr"])
+        self._pairs("before_step", optimizer)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What the step did to the weights, pair by pair."""
+        self._pairs("after_step", kwargs.get("optimizer"))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Book a window every ``plan.every`` optimizer steps."""
@@ -116,6 +134,18 @@ class MeasuringCallback(TrainerCallback):
         end = self.monitor.finish(state.global_step)
         logger.info(closing_line(self.monitor, end.train_seconds))
         self.monitor = None
+
+    def _pairs(self, event: str, *given: Any) -> None:
+        """Tell the attributor of an event; what goes wrong there costs the window's pairs, never the training."""
+        attributor = self.monitor.attributor if self.monitor is not None else None
+        if attributor is None:
+            return
+        try:
+            getattr(attributor, event)(*given)
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            attributor.skip(f"{type(error).__name__}: {error}")
 
     def _book(self, monitor: Monitor, model: nn.Module, state: TrainerState) -> WindowRecord:
         trainer = {**self._trainer, "epoch": float(state.epoch or 0.0)}
@@ -190,6 +220,16 @@ def opening_line(monitor: Monitor) -> str:
         f"features of {policy.sae_id}: R² {quality.r2:.2f}, leave-one-out {quality.r2_loo:.2f}, λ {policy.lam:.3g}; "
         f"gaps: {', '.join(gaps) or 'none'}"
     )
+
+
+def attribution_line(monitor: Monitor) -> str:
+    """One line on whether and how pairs are attributed."""
+    found = monitor.attribution
+    if found.attributor is None:
+        return f"training pairs are not attributed: {found.choice.why}"
+    notes = "".join(f"; {note}" for note in found.manifest["notes"])
+    what = f"attributing {found.manifest['level']}s of the data set by engine {found.choice.engine}"
+    return f"{what}: {found.choice.why}{notes}"
 
 
 def group_means(monitor: Monitor) -> tuple[float, float]:

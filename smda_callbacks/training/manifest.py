@@ -6,6 +6,7 @@ import hashlib
 import platform
 import subprocess
 import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
@@ -22,7 +23,12 @@ _PACKAGES = ("numpy", "torch", "transformers", "trl", "peft", "sae-lens", "accel
 
 
 def build_manifest(
-    plan: Plan, instrument: Instrument, policy: PolicyRecord, model: nn.Module, args: Any
+    plan: Plan,
+    instrument: Instrument,
+    policy: PolicyRecord,
+    model: nn.Module,
+    args: Any,
+    attribution: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of a run: configuration, versions, git commit, seeds; hashes of probes, SAE, policy and model."""
     handle = instrument.handle
@@ -50,6 +56,7 @@ def build_manifest(
         "behaviours": list(policy.behaviours),
         "target": policy.target,
         "trainer": _trainer(args),
+        **({"attribution": dict(attribution)} if attribution else {}),
     }
 
 

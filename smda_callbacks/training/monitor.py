@@ -16,8 +16,18 @@ from smda_callbacks.observe.health import HealthMeter
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
-from smda_callbacks.records import Alert, NoiseFloor, PolicyRecord, RunEnd, RunStart, SAEHealth, WindowRecord
+from smda_callbacks.records import (
+    Alert,
+    NoiseFloor,
+    PolicyRecord,
+    RunEnd,
+    RunStart,
+    SAEHealth,
+    Snapshot,
+    WindowRecord,
+)
 from smda_callbacks.training.alerts import AlertBook, behaviour_alerts, health_alerts
+from smda_callbacks.training.attribution_start import Trainer, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
@@ -31,10 +41,10 @@ class Monitor:
     Creating it does everything that can be refused: instrument, policy, noise floor, sinks. Nothing is trained before.
     """
 
-    def __init__(
-        self, plan: Plan, model: nn.Module, tokenizer: Any, args: Any, step: int, learning_rate: float
-    ) -> None:
+    def __init__(self, plan: Plan, model: nn.Module, trainer: Trainer, step: int, learning_rate: float) -> None:
+        tokenizer, args = trainer.tokenizer, trainer.args
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
+        self.book, self.measured, self.told_failures = AlertBook(), 0, set[str]()
         self.sinks = tuple(plan.make_sinks(args))  # first: a folder that cannot be written is refused at once
         self.policy: PolicyRecord
         full = plan.instrument(model, tokenizer, plan.load_sae())
@@ -46,10 +56,14 @@ class Monitor:
             self.instrument = full.of_features(plan.policy.features)
             reading = self.instrument.read(model)
         self._baseline(step, reading)
+        self.attribution = start_attribution(
+            plan.attribution, trainer, model, self.instrument, self.policy, user_dataset=plan.dataset
+        )
+        self.attributor = self.attribution.attributor
         self.noise = self._noise(model, learning_rate)
         self.start = self._open(model, args)
+        self._open_window(model)
         self.meter = UpdateMeter(model)
-        self.book, self.measured, self.told_failure = AlertBook(), 0, False
 
     def _baseline(self, step: int, reading: Reading) -> None:
         self.health = HealthMeter(self.instrument.handle, reading.hidden)
@@ -84,11 +98,12 @@ class Monitor:
                 size=learning_rate,
                 draws=self.plan.noise_draws,
                 seed=self.plan.seed,
+                measure=self.attributor.measure if self.attributor else None,
                 tick=bar.update,
             )
 
     def _open(self, model: nn.Module, args: Any) -> RunStart:
-        manifest = build_manifest(self.plan, self.instrument, self.policy, model, args)
+        manifest = build_manifest(self.plan, self.instrument, self.policy, model, args, self.attribution.manifest)
         start = RunStart(manifest, self.plan.probes.probes, self.policy, self.baseline, self._gaps(), self.noise)
         for sink in self.sinks:
             sink.open(start)
@@ -124,7 +139,7 @@ class Monitor:
         return record
 
     def _window(self, model: nn.Module, head: dict[str, Any]) -> WindowRecord:
-        reading = self.instrument.read(model)
+        reading = self.attributor.read(model) if self.attributor else self.instrument.read(model)
         snapshot = self.instrument.snapshot(head["step"], reading)
         booked = book_window(self.snapshot, snapshot, self.policy, self.plan.probes.groups, seed=self.plan.seed)
         health = self._health(reading)
@@ -140,10 +155,36 @@ class Monitor:
             alerts=self.book.new(alerts),
             **head,
             **booked.fields(),
+            **self._attribute(model, snapshot),
         )
         self.meter.reset()
         self.snapshot, self.hidden = snapshot, reading.hidden
+        self._open_window(model)
         return record
+
+    def _attribute(self, model: nn.Module, snapshot: Snapshot) -> dict[str, Any]:
+        """Books of the pairs, as keyword arguments of a WindowRecord. Where they fail, the window stands without."""
+        if self.attributor is None:
+            return {}
+        try:
+            found = self.attributor.book(model, self.snapshot, snapshot)
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            self._tell_failure(error, "pairs were not attributed")
+            return {}
+        return {} if found is None else {"pairs": found[0], "pairs_seen": found[1]}
+
+    def _open_window(self, model: nn.Module) -> None:
+        if self.attributor is None:
+            return
+        try:
+            self.attributor.open(model)
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            self._tell_failure(error, "pairs are not attributed")
+            self.attributor.skip(str(error))
 
     def _health(self, reading: Reading) -> SAEHealth | None:
         self.measured += 1
@@ -180,14 +221,15 @@ class Monitor:
                     raise
                 self._tell_failure(error)
 
-    def _tell_failure(self, error: Exception) -> None:
-        if not self.told_failure:
-            self.told_failure = True
+    def _tell_failure(self, error: Exception, what: str = "the window is recorded as failed") -> None:
+        if what not in self.told_failures:
+            self.told_failures.add(what)
             logger.warning(
-                "a measurement failed (%s: %s); training goes on, the window is recorded as failed, further failures "
-                "are counted in silence. Set on_error: raise to stop instead.",
+                "a measurement failed (%s: %s); training goes on, %s, further failures are counted in silence. Set "
+                "on_error: raise to stop instead.",
                 type(error).__name__,
                 error,
+                what,
                 exc_info=logger.isEnabledFor(logging.DEBUG),
             )
 

@@ -18,6 +18,7 @@ from smda_callbacks.observe.sae import SAEHandle
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.training.alerts import AlertLimits
+from smda_callbacks.training.engine import AttributionOptions
 
 #: Makes the sinks of a run, given the trainer's arguments (transformers.TrainingArguments).
 SinkMaker = Callable[[Any], Sequence[Sink]]
@@ -33,6 +34,8 @@ class Plan:
         policy: a saved policy to start from; None distils one at the start of training.
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
+        attribution: how the windows' shifts are attributed to training pairs; dataset: the data set that the trainer
+            was given, needed only where packing hides its rows.
         on_error: what a measurement that fails does to training: ``warn`` (record, say once, go on) or ``raise``.
         config: the resolved configuration, recorded in the manifest.
     """
@@ -53,6 +56,8 @@ class Plan:
     health_every: int = 1
     noise_draws: int = 8
     limits: AlertLimits = AlertLimits()
+    attribution: AttributionOptions = AttributionOptions()
+    dataset: Any = None
     on_error: Literal["warn", "raise"] = "warn"
     make_sinks: SinkMaker = lambda _: ()
     config: Mapping[str, Any] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from smda_callbacks import SMDACallback
 from smda_callbacks.config import build
 from smda_callbacks.config.build import build_plan, build_probes, build_sinks, builtin_path
 from smda_callbacks.config.load import check_config
-from smda_callbacks.config.schema import ProbesConfig, SMDAConfig
+from smda_callbacks.config.schema import AuditConfig, ProbesConfig, SMDAConfig
 from smda_callbacks.observe.probes import FORMATS, ProbeError
 from smda_callbacks.sinks.files import LOGGED, POLICY, StoreError
 from smda_callbacks.sinks.store import StoreSink, write_policy
@@ -72,6 +72,15 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
     "measure.batch_size": (9, 9, lambda plan: plan.batch_size),
     "measure.noise_draws": (2, 2, lambda plan: plan.noise_draws),
     "measure.on_error": ("raise", "raise", lambda plan: plan.on_error),
+    "attribution.engine": ("exact", "exact", lambda plan: plan.attribution.engine),
+    "attribution.every": (3, 3, lambda plan: plan.attribution.every),
+    "attribution.features": (5, 5, lambda plan: plan.attribution.features),
+    "attribution.renew": (1, 1, lambda plan: plan.attribution.renew),
+    "attribution.momentum": ("line", "line", lambda plan: plan.attribution.momentum),
+    "attribution.memory_gib": (1.5, 1.5, lambda plan: plan.attribution.memory_gib),
+    "attribution.intended": (2, 2, lambda plan: plan.attribution.intended),
+    "attribution.text": (False, False, lambda plan: plan.attribution.text),
+    "attribution.id_column": ("uid", "uid", lambda plan: plan.attribution.id_column),
     "alerts.refusal_drop": (0.3, 0.3, lambda plan: plan.limits.refusal_drop),
     "alerts.refusal_rise": (0.4, 0.4, lambda plan: plan.limits.refusal_rise),
     "alerts.delta_fvu": (0.9, 0.9, lambda plan: plan.limits.delta_fvu),
@@ -88,6 +97,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
 
 #: Keys with tests of their own, and the section that only the command line and the recipes use.
 ELSEWHERE = {"probes.sources", "policy.path", "model.id", "model.dtype"}
+ELSEWHERE |= {f"audit.{key}" for key in AuditConfig.model_fields}  # see test_audit
 
 
 @pytest.fixture(autouse=True)

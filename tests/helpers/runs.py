@@ -72,11 +72,19 @@ def make_run(
     mean_readout: bool = False,
     run_id: str = "made-up",
     seed: int = 0,
+    pairs: int = 0,
+    engine: str = "ghost",
+    unattributed: Iterable[int] = (),
+    attributed: int | None = None,
+    pair_text: bool = True,
 ) -> Run:
     """A run of ``windows`` windows of ``steps_per_window`` optimizer steps each, after a baseline at ``start_step``.
 
     ``not_finite`` and ``failed`` are numbers of windows (from 0) with that status, ``skipped`` steps that the optimizer
     skipped. ``mean_readout``: gates are shares of tokens rather than 0/1. Same arguments, same run, bit for bit.
+
+    ``pairs``: how many pairs it is trained on, with books on all windows but those of the numbers ``unattributed``;
+    see :mod:`tests.helpers.pair_runs`. ``attributed``: only so many features; ``pair_text``: whether texts are kept.
     """
     world = _World(probes_per_category, features, len(behaviours), mean_readout, seed)
     probes = world.probes
@@ -106,11 +114,16 @@ def make_run(
         if number in bad:
             records.append(WindowRecord(status=bad[number], error="made up to fail", **head))
         else:
-            last = _window(last, after, policy, world.groups, head)
+            last = measured_window(last, after, policy, world.groups, head)
             records.append(last)
     final = records[-1].step if records else start_step
     outside = (Alert(final, "loss_not_finite", "the training loss is nan"),)
-    return Run(start, tuple(records), outside, RunEnd(final, "finished", 1.5, 20.0, gaps_of(last, policy, probes)))
+    run = Run(start, tuple(records), outside, RunEnd(final, "finished", 1.5, 20.0, gaps_of(last, policy, probes)))
+    if not pairs:
+        return run
+    from tests.helpers.pair_runs import with_pairs
+
+    return with_pairs(run, pairs, engine=engine, unattributed=unattributed, attributed=attributed, text=pair_text)
 
 
 def write_run(path: Path, run: Run, *, close: bool = True) -> Path:
@@ -185,9 +198,10 @@ def _refit(snapshot: Snapshot, policy: PolicyRecord) -> dict[str, Any]:
     return {"coef": fit.coef, "intercept": fit.intercept, "r2": r2, "r2_loo": r2_loo}
 
 
-def _window(
+def measured_window(
     last: WindowRecord, after: Snapshot, policy: PolicyRecord, groups: np.ndarray, head: dict[str, Any]
 ) -> WindowRecord:
+    """The ok window from ``last`` to the reading ``after``; ``head``: what is not computed from the two."""
     assert last.snapshot is not None
     start, end = _state(last.snapshot), _state(after)
     scale, lam = policy.scale, policy.lam

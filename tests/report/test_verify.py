@@ -11,19 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, Alert, PolicyRecord, RunEnd, WindowRecord
-from smda_callbacks.report.logged import ALERT
+from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, PolicyRecord, RunEnd, WindowRecord
 from smda_callbacks.report.verify import Check, format_checks, verify
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.codec import encode
-from smda_callbacks.sinks.metrics import STEP
-from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
-from smda_callbacks.sinks.wandb_sink import WandbSink
-from smda_callbacks.sinks.wandb_tables import MEDIA
 from tests.helpers.runs import Run, make_run, write_run
 
-NAMES = ["shifts", "telescoping", "accounts", "policy", "hashes", "contiguity", "logged"]
+NAMES = ["shifts", "telescoping", "accounts", "ledger", "policy", "hashes", "contiguity", "logged"]
 NUDGE = 1e-5
 
 
@@ -54,6 +49,9 @@ def path(run: Run, tmp_path: Path) -> Path:
         {"start_step": 40, "steps_per_window": 5, "behaviours": ("refusal", "hedging")},
         {"features": 60, "lam": 0.5},  # more features than probes
         {"mean_readout": True, "noise": False},
+        {"pairs": 7, "windows": 6, "not_finite": [1], "unattributed": [0, 4], "behaviours": ("refusal", "hedging")},
+        {"pairs": 3, "engine": "exact", "attributed": 2, "start_step": 10},
+        {"pairs": 3, "windows": 0},
     ],
 )
 def test_a_written_run_holds(tmp_path: Path, arguments: dict[str, Any]) -> None:
@@ -246,73 +244,6 @@ def test_an_ok_window_without_arrays_is_found(path: Path) -> None:
     assert "cannot be checked" in of(path, "shifts").detail
     change(path, 6, lambda window: replace(window, coef=None))
     assert "telescoping" not in failed(path)
-
-
-# ------------------------------------------------------------------------------------------------------- tracking
-
-
-@pytest.fixture
-def logged(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store with all that a W&B sink logged beside it; nothing is really sent."""
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    path = tmp_path / "logged"
-    sinks: list[Any] = [StoreSink(path), WandbSink(tables_every=2, logged_path=path / files.LOGGED)]
-    for sink in sinks:
-        sink.open(run.start)
-        for window in run.windows:
-            sink.write(window)
-        for alert in (Alert(3, "loss_not_finite", "between two windows"), *run.alerts):
-            sink.alert(alert)
-        sink.close(run.end)
-    return path
-
-
-def edit_logged(path: Path, pick: Callable[[dict[str, Any]], bool], edit: Callable[[dict[str, Any]], Any]) -> None:
-    """Edit the last entry that ``pick`` takes."""
-    entries = files.read_rows(path / files.LOGGED)
-    edit(next(entry for entry in reversed(entries) if pick(entry)))
-    (path / files.LOGGED).unlink()
-    for entry in entries:
-        files.append_row(path / files.LOGGED, entry)
-
-
-def test_what_was_logged_is_made_again(logged: Path) -> None:
-    entries = files.read_rows(logged / files.LOGGED)
-    sent = {name for entry in entries for name in entry.get("row", {})}
-    assert set(MEDIA) < sent  # every kind of table is among them
-    assert any("summary" in entry for entry in entries)
-    assert failed(logged) == set()
-    assert of(logged, "logged").detail == f"{len(entries)} entries made again"
-
-
-METRIC = "smda/pathways/first_order_error"
-TABLE = "smda/tables/features"
-
-
-@pytest.mark.parametrize(
-    ("pick", "edit", "fault"),
-    [
-        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].update({METRIC: 0.5}), f"{METRIC} at step 8"),
-        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].pop(METRIC), "was logged as None but is"),
-        (lambda e: METRIC in e.get("row", {}), lambda e: e["row"].update({"more": 1.0}), "more at step 8"),
-        (
-            lambda e: METRIC in e.get("row", {}),
-            lambda e: e.update({"step": 99}),
-            "step 99 was logged but has no window",
-        ),
-        (lambda e: "summary" in e, lambda e: e["summary"].update({"smda/summary/total": 0.5}), "the summary of step 8"),
-        (lambda e: TABLE in e.get("row", {}), lambda e: e["row"][TABLE]["data"][0].__setitem__(3, 0.5), "differs"),
-        (lambda e: TABLE in e.get("row", {}), lambda e: e["row"][TABLE]["data"].pop(), f"{TABLE} of step 8 differs"),
-        (lambda e: TABLE in e.get("row", {}), lambda e: e.update({"step": 99}), "cannot be made from the store"),
-        (lambda e: set(e.get("row", {})) == {ALERT, STEP}, lambda e: e.update({"step": 6}), "the store has 0"),
-    ],
-)
-def test_a_changed_log_is_found(
-    logged: Path, pick: Callable[[dict[str, Any]], bool], edit: Callable[[dict[str, Any]], Any], fault: str
-) -> None:
-    edit_logged(logged, pick, edit)
-    assert failed(logged) == {"logged"}
-    assert fault in of(logged, "logged").detail
 
 
 # ----------------------------------------------------------------------------------------------------------- text

@@ -23,8 +23,8 @@ from smda_callbacks.records import (
     Snapshot,
     WindowRecord,
 )
+from smda_callbacks.sinks.metric_axes import AXES, axes_of
 from smda_callbacks.sinks.metrics import (
-    AXES,
     METRICS,
     SECTIONS,
     SUMMARY,
@@ -274,6 +274,6 @@ def test_the_markdown_table_has_every_metric_once_in_reading_order() -> None:
         text.index(f"**{section}**") for section in SECTIONS
     )
     assert all(line.count("|") in (0, 4) for line in text.splitlines())
-    used = {axis for metric in (*METRICS, *SUMMARY) for axis in metric.axes}
+    used = {axis for metric in (*METRICS, *SUMMARY) for axis in axes_of(metric.pattern)}
     assert used == set(AXES)
     assert all(f"`{{{axis}}}`" in text for axis in used)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import shutil
-import subprocess
-import sysconfig
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +15,14 @@ import pytest
 import wandb
 
 from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
-from smda_callbacks.sinks import files, wandb_run, wandb_tables
+from smda_callbacks.sinks import files, wandb_media, wandb_run
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.sinks.metric_values import progress_of
 from smda_callbacks.sinks.metrics import STEP, metric_names, rows_of_window, summary_of_run
-from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.sinks.wandb_sink import WandbSink
 from smda_callbacks.sinks.wandb_worker import Worker
+from tests.helpers.wandb_runs import Logged, all_bytes, log_records, offline_wandb, read_back
 from tests.sinks.test_metrics import PROBES, make_start, make_window
 
 FELL = Alert(4, "refusal_fell", "behaviour on 'fraud' fell", "fraud", -0.2, 0.15)
@@ -35,83 +31,18 @@ END = RunEnd(4, "finished", 1.0, 10.0, ({"category": "fraud", "mean": 0.5, "pull
 
 @pytest.fixture(scope="module", autouse=True)
 def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """W&B with nothing set but that it is offline and, for the run that several tests share, where it writes."""
     root = tmp_path_factory.mktemp("wandb")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
-            patch.setenv(f"WANDB_{name}", str(root))
-        patch.setenv("WANDB_MODE", "offline")
-        for name in ("PROJECT", "CONSOLE", "INIT_TIMEOUT", "FINISH_TIMEOUT", "X_TRANSACTION_LOG_FLUSH_INTERVAL"):
-            patch.delenv(f"WANDB_{name}", raising=False)
-        wandb.teardown()  # an earlier test may have made W&B read another environment
+    with offline_wandb(root):
         yield root
-        wandb.teardown()
-
-
-@dataclass(frozen=True)
-class Logged:
-    """A run that was logged, and what W&B's reader found of it."""
-
-    start: RunStart
-    windows: list[WindowRecord]
-    folder: Path
-    store: Path
-    records: list[dict[str, Any]]
-    sink: WandbSink
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The rows, without what W&B adds itself."""
-        rows = [each["history"]["item"] for each in self.records if each["type"] == "history"]
-        return [{name: value for name, value in row.items() if not name.startswith("_")} for row in rows]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics."""
-        return [row for row in self.history if not any("/tables/" in name or "/plots/" in name for name in row)]
-
-    def merged(self, kind: str) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for each in self.records:
-            if each["type"] == kind:
-                found |= each[kind].get("update", {})
-        return found
-
-    def table(self, key: str) -> list[dict[str, Any]]:
-        """All versions of a table, as W&B keeps them."""
-        paths = [row[f"{key}.path"] for row in self.history if f"{key}.path" in row]
-        return [json.loads((self.folder / "files" / path).read_text()) for path in paths]
-
-
-def read_back(folder: Path) -> list[dict[str, Any]]:
-    """All records of a finished run, by W&B's own reader."""
-    program = shutil.which("wandb", path=sysconfig.get_path("scripts"))
-    assert program is not None
-    found = subprocess.run([program, "leet", "inspect", "--json", folder], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr or found.stdout[-2000:]
-    return [json.loads(line) for line in found.stdout.splitlines()]
 
 
 def log_run(store: Path, **options: Any) -> Logged:
-    """A store and a sink with a run of its own, through two windows, one of which could not be read."""
+    """A run through three windows, one of which could not be read."""
     start = make_start()
     failed = WindowRecord(step=3, first_step=3, skipped=(3,), status="failed", seconds=0.5, error="broken")
     windows = [make_window(start, 2), failed, make_window(start, 4, alerts=(FELL,))]
-    sinks: list[Sink] = [StoreSink(store), WandbSink(store_path=store, **options)]
-    for sink in sinks:
-        sink.open(start)
-    for window in windows:
-        for sink in sinks:
-            sink.write(window)
-    assert wandb.run is not None
-    folder = Path(wandb.run.dir).parent
-    for sink in sinks:
-        sink.alert(Alert(4, "loss_not_finite", "the training loss is nan"))
-        sink.close(END)
-        sink.close(END)
-    wandb.teardown()  # without it the file may not be closed yet
-    assert isinstance(sinks[1], WandbSink)
-    return Logged(start, windows, folder, store, read_back(folder), sinks[1])
+    outside = Alert(4, "loss_not_finite", "the training loss is nan")
+    return log_records(store, start, windows, [outside], END, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +70,7 @@ def test_metrics_are_defined_by_exact_name_over_the_step(logged: Logged) -> None
                if each["type"] == "metric"}  # fmt: skip
     assert defined.pop(STEP) is None
     assert set(defined.values()) == {STEP}
-    assert list(defined) == [*metric_names(logged.start), *wandb_tables.HISTORY_KEYS]
+    assert list(defined) == [*metric_names(logged.start), *wandb_media.history_keys(logged.start)]
     in_history = {name.split(".")[0] for row in logged.history for name in row}
     assert in_history == {*defined, STEP}
 
@@ -149,10 +80,10 @@ def test_logged_jsonl_holds_what_w_and_b_holds(logged: Logged) -> None:
     assert [each["row"] for each in noted if "row" in each and len(each["row"]) != 2][: len(logged.windows) + 1] == (
         expected_rows(logged)[:-1]
     )
-    for key in (wandb_tables.CATEGORIES, wandb_tables.FEATURES, wandb_tables.PROBES, wandb_tables.GAPS):
+    for key in (wandb_media.CATEGORIES, wandb_media.FEATURES, wandb_media.PROBES, wandb_media.GAPS):
         sent = [each["row"][key] for each in noted if key in each.get("row", {})]
         assert [{"columns": each["columns"], "data": each["data"]} for each in logged.table(key)] == sent
-    steps = [each["step"] for each in noted if wandb_tables.FEATURES in each.get("row", {})]
+    steps = [each["step"] for each in noted if wandb_media.FEATURES in each.get("row", {})]
     assert steps == [0, 2, 4]  # the start; after two windows, of which the second was not ok; the end
     (summary,) = (each["summary"] for each in noted if "summary" in each)
     assert summary == summary_of_run(logged.start, logged.windows)
@@ -174,18 +105,18 @@ def test_an_own_run_is_finished_and_keeps_what_the_program_prints_to_itself(logg
 
 
 def test_tables_show_the_run(logged: Logged) -> None:
-    features = logged.table(wandb_tables.FEATURES)[-1]
+    features = logged.table(wandb_media.FEATURES)[-1]
     rows = [dict(zip(features["columns"], row, strict=True)) for row in features["data"]]
     assert [row["feature"] for row in rows] == ["42", "7"]  # the larger change first
     assert rows[0]["coef"] == 8.0
     assert rows[0]["run_shift_y"] == -4.0
     assert rows[0]["window_shift_y"] == -2.0
     assert rows[1]["promoted"] == " sorry"
-    categories = logged.table(wandb_tables.CATEGORIES)[-1]
+    categories = logged.table(wandb_media.CATEGORIES)[-1]
     fraud = dict(zip(categories["columns"], categories["data"][0], strict=True))
     assert (fraud["category"], fraud["expected"], fraud["probes"]) == ("fraud", "refuse", 3)
     assert fraud["change"] == pytest.approx(-0.2)
-    before, after = logged.table(wandb_tables.GAPS)
+    before, after = logged.table(wandb_media.GAPS)
     assert before["data"] == [["weapons", 0.5, True, "7: -0.25", None]]
     assert after["data"] == [["fraud", 0.5, "42: -0.5"]]
 
@@ -196,16 +127,10 @@ def test_alerts_and_artifacts_are_in_an_offline_run(logged: Logged) -> None:
         ("SMDA refusal_fell: fraud", "step 4: behaviour on 'fraud' fell"),
         ("SMDA loss_not_finite", "step 4: the training loss is nan"),
     ]
-    artifacts = {each["artifact"]["type"]: each["artifact"] for each in logged.records if each["type"] == "artifact"}
-    held = {each["path"] for each in artifacts["smda-policy"]["manifest"]["contents"]}
-    assert held == {"policy.json", "policy.safetensors"}
-    contents = {each["path"] for each in artifacts["smda-store"]["manifest"]["contents"]}
+    assert logged.contents("smda-policy") == {"policy.json", "policy.safetensors"}
+    contents = logged.contents("smda-store")
     assert {"manifest.json", "end.json", "steps/000000004.safetensors", "tables/features.parquet"} < contents
     assert files.PROBES not in contents
-
-
-def all_bytes(root: Path) -> bytes:
-    return b"\n".join(path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file())
 
 
 def test_no_probe_text_leaves_unless_it_is_allowed(logged: Logged, offline: Path) -> None:
@@ -221,7 +146,7 @@ def test_a_hash_or_the_text_is_sent_where_it_is_asked_for(
     log_text: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     logged = log_run(tmp_path_factory.mktemp("store") / "run", log_text=log_text)
-    shown = logged.table(wandb_tables.PROBES)[0]["data"][0][-1]
+    shown = logged.table(wandb_media.PROBES)[0]["data"][0][-1]
     assert shown == (digest(0) if log_text == "hash" else PROBES[0].text)
     found = all_bytes(tmp_path)
     assert (b"secret text zero" in found) == (log_text == "full")
@@ -382,7 +307,7 @@ def test_online_alerts_go_out_only_after_the_server_has_answered(
     delays = {"now": 0.1}
 
     def answer(row: dict[str, Any]) -> None:
-        if wandb_tables.CATEGORIES in row:
+        if wandb_media.CATEGORIES in row:
             clock[0] += delays["now"]
 
     run = FakeRun(answer)

@@ -60,7 +60,13 @@ def plan(sae_folder: Path, sink: MemorySink) -> Plan:
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., SFTTrainer]:
-    def make(*callbacks: TrainerCallback, lora: dict[str, Any] | None = None, model: Any = None, **options: Any) -> Any:
+    def make(
+        *callbacks: TrainerCallback,
+        lora: dict[str, Any] | None = None,
+        model: Any = None,
+        peft: bool = True,
+        **options: Any,
+    ) -> Any:
         settings: dict[str, Any] = {
             "output_dir": str(tmp_path / "out"),
             "max_steps": 4,
@@ -82,7 +88,9 @@ def trainer(tmp_path: Path) -> Callable[..., SFTTrainer]:
             train_dataset=Dataset.from_list(PAIRS),
             eval_dataset=Dataset.from_list(PAIRS[:4]) if "eval_strategy" in options else None,
             processing_class=tiny_tokenizer(),
-            peft_config=LoraConfig(target_modules="all-linear", r=2, task_type="CAUSAL_LM", **(lora or {})),
+            peft_config=LoraConfig(**{"target_modules": "all-linear", "r": 2, "task_type": "CAUSAL_LM", **(lora or {})})
+            if peft
+            else None,
             callbacks=list(callbacks),
         )
 

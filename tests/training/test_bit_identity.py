@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import TrainerCallback
 
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.callback import MeasuringCallback
+from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
 from tests.helpers.tiny import tiny_model
 from tests.training.conftest import CHECKPOINTING
@@ -65,11 +67,15 @@ def run(make: Callable[..., Any], case: dict[str, Any], callbacks: list[TrainerC
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_weights_optimizer_state_and_logs_are_identical(name: str, plan: Plan, sink: MemorySink, trainer: Any) -> None:
+@pytest.mark.parametrize("engine", ["ghost", "exact"])
+def test_weights_optimizer_state_and_logs_are_identical(
+    engine: Any, name: str, plan: Plan, sink: MemorySink, trainer: Any
+) -> None:
     case = MATRIX[name]
     without = run(trainer, case, [])
-    watched = run(trainer, case, [MeasuringCallback(plan)])
+    watched = run(trainer, case, [MeasuringCallback(replace(plan, attribution=AttributionOptions(engine=engine)))])
     assert [window.status for window in sink.windows] == ["ok"] * 4
+    assert all(window.pairs is not None and window.pairs.engine == engine for window in sink.windows)
     assert len(without.steps) == len(watched.steps) == 4
     for a, b in zip(without.steps, watched.steps, strict=True):
         assert a.keys() == b.keys()

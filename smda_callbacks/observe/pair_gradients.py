@@ -1,0 +1,183 @@
+"""Gradients of single training examples, taken from the trainer's own forward and backward passes.
+
+Nothing is computed twice: the hooks see what every LoRA matrix gets in and which gradient comes back, and sum that per
+example instead of over the batch. Also kept is the residual stream at the SAE's hook where the example's prompt ends:
+it tells which features the example was about.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smda_callbacks.observe.activations import HookSite, find_module, unwrap
+from smda_callbacks.observe.features import Readout
+from smda_callbacks.observe.lora import AttributionError, LoraSite, Tap, per_row
+from smda_callbacks.observe.sequences import BatchWatch, Sequence, find_prompt_end
+
+
+@dataclass(frozen=True)
+class Captured:
+    """The examples of one optimizer step, in the order in which they went through the model.
+
+    ``gradients``: per site ``[example, out * in]``, as they came: before clipping, divided by whatever the loss divides
+    by. ``prompts``: per example the residual stream over its read-out span ``[token, d_model]``, None where the prompt
+    is not known.
+    """
+
+    examples: tuple[Sequence, ...]
+    gradients: tuple[Tensor, ...]
+    prompts: tuple[Tensor | None, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the gradients."""
+        return sum(each.element_size() * each.numel() for each in self.gradients)
+
+
+class PairCapture:
+    """Captures the training examples of a step. Attach it before the step's first forward pass, ask it afterwards.
+
+    Args:
+        limit: most bytes of gradients to hold; a step that needs more is given up (``take`` raises), training is not.
+        site: where the SAE reads.
+        marker: tokens that stand where an answer begins, for data whose labels do not tell.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: tuple[LoraSite, ...],
+        *,
+        site: HookSite,
+        readout: Readout,
+        limit: int,
+        marker: tuple[int, ...] | None = None,
+    ) -> None:
+        self.sites, self.readout, self.limit, self.marker = sites, readout, limit, marker
+        self._watch = BatchWatch(model, self._begin)
+        self._tap = Tap(sites, self._consume, active=self._is_wanted, once=True)
+        # With checkpointing, inputs are taken from the recomputation: those of the first pass would stay in memory.
+        self._recomputed = bool(getattr(unwrap(model), "is_gradient_checkpointing", False))
+        self._layer, self._kind = find_module(model, site), site.kind
+        self._layer_hook: Any = None
+        self._expected: list[Sequence] | None = None  # examples of the micro-batch that is going through
+        self._shape: tuple[int, ...] = ()
+        self._error: str | None = None
+        self._clear()
+
+    def attach(self) -> None:
+        """Start a step: forget the last one, hook the model."""
+        self._clear()
+        self._watch.attach()
+        self._tap.attach()
+        if self._layer_hook is None:
+            hook = self._before_layer if self._kind == "resid_pre" else self._after_layer
+            register: Any = (
+                self._layer.register_forward_pre_hook
+                if self._kind == "resid_pre"
+                else self._layer.register_forward_hook
+            )
+            self._layer_hook = register(hook, with_kwargs=True)
+
+    def detach(self) -> None:
+        """Take all hooks off; what was captured stays until the next step."""
+        self._watch.detach()
+        self._tap.detach()
+        if self._layer_hook is not None:
+            self._layer_hook.remove()
+            self._layer_hook = None
+        self._expected = None
+
+    def take(self) -> Captured:
+        """What was captured since ``attach``.
+
+        Raises:
+            AttributionError: nothing, not all, or more than ``limit`` was captured; says which.
+        """
+        if self._error:
+            raise AttributionError(self._error)
+        counts = {sum(len(part) for part in parts) for parts in self._parts}
+        if counts != {len(self._examples)} or not self._examples:
+            raise AttributionError(
+                f"{len(self._examples)} training examples went through the model, but gradients came back for "
+                f"{sorted(counts)} of them: some LoRA matrix is called otherwise than once per forward pass."
+            )
+        gradients = tuple(torch.cat(parts) for parts in self._parts)
+        return Captured(tuple(self._examples), gradients, tuple(self._prompts))
+
+    def _clear(self) -> None:
+        self._expected, self._shape, self._error = None, (), None
+        self._examples: list[Sequence] = []
+        self._prompts: list[Tensor | None] = []
+        self._parts: list[list[Tensor]] = [[] for _ in self.sites]
+        self._held = 0
+
+    def _begin(self, examples: list[Sequence], shape: tuple[int, ...]) -> None:
+        known = [self._with_prompt(each) for each in examples]
+        self._expected, self._shape = known, tuple(shape)
+        self._examples += known
+        self._prompts += [None] * len(examples)
+
+    def _with_prompt(self, example: Sequence) -> Sequence:
+        if example.prompt_end is not None or self.marker is None:
+            return example
+        end = find_prompt_end(example.tokens, self.marker)
+        return example if end is None else replace(example, prompt_end=example.start + end)
+
+    def _is_wanted(self) -> bool:
+        in_backward = torch._C._current_graph_task_id() != -1
+        return self._expected is not None and self._error is None and (in_backward or not self._recomputed)
+
+    def _consume(self, number: int, seen: Tensor, gradient: Tensor) -> None:
+        # An exception inside a hook would end the training: it is kept for ``take``.
+        try:
+            self._add(number, seen, gradient)
+        except Exception as error:
+            self._error = f"gradients of pairs could not be captured ({type(error).__name__}: {error})"
+
+    def _add(self, number: int, seen: Tensor, gradient: Tensor) -> None:
+        if self._expected is None or self._error:
+            return
+        if seen.shape[:2] != self._shape:
+            self._error = (
+                f"{self.sites[number].name} got an input of shape {list(seen.shape)} for a batch of {list(self._shape)}"
+                " tokens; allowed is one row per example, or per packed row."
+            )
+            return
+        rows = self._rows(seen, gradient)
+        self._held += rows.element_size() * rows.numel()
+        if self._held > self.limit:
+            self._error = (
+                f"the gradients of this step's pairs need more than the {self.limit / 2**30:.3g} GiB of "
+                "attribution.memory_gib. Next step: raise it, train smaller batches, or train fewer LoRA matrices."
+            )
+            self._parts = [[] for _ in self.sites]
+            return
+        self._parts[number].append(rows)
+
+    def _rows(self, seen: Tensor, gradient: Tensor) -> Tensor:
+        """Gradients of the expected examples, ``[example, out * in]``."""
+        assert self._expected is not None
+        if [each.row for each in self._expected] == list(range(len(seen))):
+            return per_row(seen, gradient)  # a row each; gradients are zero on padding
+        places = [(slice(each.row, each.row + 1), slice(each.start, each.stop)) for each in self._expected]
+        return torch.cat([per_row(seen[place], gradient[place]) for place in places])
+
+    def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._keep_prompts(output[0] if isinstance(output, tuple) else output)
+
+    def _before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._keep_prompts(args[0] if args else kwargs["hidden_states"])
+
+    def _keep_prompts(self, stream: Tensor) -> None:
+        if self._expected is None or not torch.is_grad_enabled() or stream.shape[:2] != self._shape:
+            return
+        first = len(self._examples) - len(self._expected)
+        for number, each in enumerate(self._expected):
+            if each.prompt_end is not None:
+                begin = each.prompt_end if self.readout == "last" else each.start
+                self._prompts[first + number] = stream[each.row, begin : each.prompt_end + 1].detach().clone()

@@ -1,0 +1,124 @@
+"""Running sums of what pairs did, window by window, for whoever cannot keep all windows.
+
+Every step makes new sums and leaves the old ones as they were, so that another thread may go on reading them; what did
+not change is shared between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import reduce
+
+import numpy as np
+from numpy.typing import NDArray
+
+from smda_callbacks.maths.uncertainty import step_floor
+from smda_callbacks.records import LINES, Array, NoiseFloor, Pair, PairBook, RunStart, WindowRecord
+from smda_callbacks.sinks.attribution import is_attributed, is_audit
+
+
+@dataclass(frozen=True, eq=False)
+class PairTotal:
+    """What one pair did so far, ``[functional]``, later parts included.
+
+    ``squares``: of the noise floors of its effects, summed; zero without a window of its own. ``intended``: see
+    :class:`~smda_callbacks.records.PairBook`, of the first attributed window. ``repeats``: effects of each window of
+    its own, kept in audits only.
+    """
+
+    pair: Pair
+    share: Array
+    effect: Array
+    squares: Array
+    windows: int = 0
+    intended: NDArray[np.int64] | None = None
+    repeats: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class PairTotals:
+    """What all pairs did so far. ``lines``: each of LINES, and ``measured`` -> ``[functional]``."""
+
+    start: RunStart
+    functionals: tuple[str, ...]
+    pairs: Mapping[int, PairTotal]  # by number of the pair, in the order in which they were seen
+    lines: Mapping[str, Array]
+    attributed: int = 0  # attributed windows
+    booked: int = 0  # ok windows, attributed or not
+
+    @classmethod
+    def at(cls, start: RunStart) -> PairTotals | None:
+        """Before the first window; None for a run that attributes nothing to pairs."""
+        if not is_attributed(start.manifest):
+            return None
+        names = tuple(start.manifest["attribution"]["functionals"])
+        return cls(start, names, {}, dict.fromkeys((*LINES, "measured"), np.zeros(len(names))))
+
+    def after(self, window: WindowRecord) -> PairTotals:
+        """After one more window; of one that is not ok only the descriptions of its pairs count."""
+        seen = {pair.id: replace(self._of(pair.id), pair=pair) for pair in window.pairs_seen}
+        known = replace(self, pairs={**self.pairs, **seen}) if seen else self
+        if window.status != "ok":
+            return known
+        if window.pairs is None:
+            return replace(known, booked=self.booked + 1)
+        return known._with(window.pairs)
+
+    def _with(self, book: PairBook) -> PairTotals:
+        return replace(
+            self,
+            pairs={**self.pairs, **self._changed(book)},
+            lines={name: total + book.lines[name] for name, total in self.lines.items()},
+            attributed=self.attributed + 1,
+            booked=self.booked + 1,
+        )
+
+    def _changed(self, book: PairBook) -> dict[int, PairTotal]:
+        """The totals that a book changes."""
+        found, audit = effect_floors(book, self.start.noise), is_audit(self.start.manifest)
+        floors = np.zeros((len(book.ids), 1)) if found is None else found
+        changed = {}
+        own = zip(book.ids.tolist(), book.share, book.effect, floors, book.intended, strict=True)
+        for each, share, effect, floor, intended in own:
+            old = self._of(each)
+            changed[each] = PairTotal(
+                pair=old.pair,
+                share=old.share + share,
+                effect=old.effect + effect,
+                squares=old.squares + np.square(floor),
+                windows=old.windows + 1,
+                intended=intended.copy() if old.intended is None else old.intended,
+                repeats=(*old.repeats, effect.copy()) if audit else (),
+            )
+        for each, share, effect in zip(book.later_ids.tolist(), book.later_share, book.later_effect, strict=True):
+            old = changed.get(each) or self._of(each)
+            changed[each] = replace(old, share=old.share + share, effect=old.effect + effect)
+        return changed
+
+    def _of(self, each: int) -> PairTotal:
+        """The total of a pair; of one that no window has described, no more than its number is known."""
+        if each in self.pairs:
+            return self.pairs[each]
+        nothing = np.zeros(len(self.functionals))
+        return PairTotal(Pair(each, (), "tokens", {}, None, 0), nothing, nothing, nothing)
+
+
+def effect_floors(book: PairBook, noise: NoiseFloor | None) -> Array | None:
+    """Noise floor of every effect of a window, ``[pair, functional]``; None where none was measured.
+
+    That of random updates of the size of the pair's own, with the rounding of a reading where effects were read.
+    """
+    if noise is None or noise.update_rms <= 0 or noise.functional_random is None:
+        return None
+    # A linear effect is not read from the model, so that no rounding of a reading is in it.
+    rounding = noise.functional_rounding if book.engine == "exact" else None
+    rounding = np.zeros_like(noise.functional_random) if rounding is None else rounding
+    floors = [step_floor(noise.functional_random, rounding, float(size) / noise.update_rms) for size in book.size]
+    return np.array(floors).reshape(len(book.ids), len(noise.functional_random))
+
+
+def totals_of(start: RunStart, windows: Iterable[WindowRecord]) -> PairTotals | None:
+    """The sums over ``windows``, in order; None for a run that attributes nothing to pairs."""
+    totals = PairTotals.at(start)
+    return None if totals is None else reduce(PairTotals.after, windows, totals)

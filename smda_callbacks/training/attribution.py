@@ -1,0 +1,257 @@
+"""Pairs of a run: which examples were in a step, what the step did, and the books of every window.
+
+The order of events of one attributed optimizer step::
+
+    begin_step      * hooks on
+    forward, backward of every micro-batch: gradients of examples are captured
+    before_step     * hooks off; copy what the optimizer is about to overwrite
+    optimizer step
+    after_step      * split the update over the examples
+    book            * after the reading: gradients of the functionals, books of the window
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from smda_callbacks.maths.functionals import FunctionalSet, measured
+from smda_callbacks.maths.ledger import close_books
+from smda_callbacks.maths.pathways import State
+from smda_callbacks.observe.features import pool
+from smda_callbacks.observe.instrument import Instrument
+from smda_callbacks.observe.lora import AttributionError, LoraSite
+from smda_callbacks.observe.pair_gradients import PairCapture
+from smda_callbacks.observe.reading import Reading
+from smda_callbacks.observe.updates import Moments, moments_before, site_updates
+from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
+from smda_callbacks.training.engine import AttributionOptions
+from smda_callbacks.training.exact import Exact
+from smda_callbacks.training.ghost import Entries, Ghost, Parts, StepUpdate
+from smda_callbacks.training.row_identity import PairIndex
+
+
+@dataclass
+class _Window:
+    """What was captured since the last snapshot."""
+
+    start: list[torch.Tensor]  # trained weights at the snapshot
+    steps: list[StepUpdate] = field(default_factory=list)
+    prompts: dict[int, torch.Tensor] = field(default_factory=dict)  # pair -> residual stream at its read-out span
+    capture_error: float = 0.0
+    held: int = 0
+    seconds: float = 0.0
+
+
+class Attributor:
+    """Attributes the windows of one run to its training pairs."""
+
+    def __init__(
+        self,
+        engine: Ghost | Exact,
+        options: AttributionOptions,
+        instrument: Instrument,
+        policy: PolicyRecord,
+        functionals: FunctionalSet,
+        sites: tuple[LoraSite, ...],
+        capture: PairCapture,
+        index: PairIndex,
+        max_norm: float,
+    ) -> None:
+        self.engine, self.options, self.functionals, self.index = engine, options, functionals, index
+        self._instrument, self._policy, self._sites, self._capture = instrument, policy, sites, capture
+        self._max_norm = max_norm
+        self.measure = partial(measured, functionals, scale=policy.scale, lam=policy.lam)
+        self._described: set[int] = set()
+        self._number = 0  # of windows opened
+        self._window: _Window | None = None
+        self._before: tuple[Moments, ...] | None = None
+        self._fault: str | None = None
+
+    def open(self, model: nn.Module) -> None:
+        """A window starts at ``model`` as it is now, right after a snapshot."""
+        wanted = self._wants(self._number)
+        self._number += 1
+        self._window, self._fault = None, None
+        began = time.perf_counter()
+        if wanted:
+            self._window = _Window([site.weight.detach().clone().flatten() for site in self._sites])
+        if isinstance(self.engine, Ghost):
+            if wanted:
+                self.engine.open(model)
+            else:
+                self.engine.close()
+        if self._window is not None:
+            self._window.seconds = time.perf_counter() - began
+
+    def _wants(self, number: int) -> bool:
+        return number % self.options.every == 0
+
+    def read(self, model: nn.Module) -> Reading:
+        """A reading of the probes, with gradients where this window or the next needs them."""
+        live = self._window is not None and self._fault is None
+        if not isinstance(self.engine, Ghost) or not (live or self._wants(self._number)):
+            return self._instrument.read(model)
+        began = time.perf_counter()
+        reading = self.engine.read(model)
+        if self._window is not None:
+            self._window.seconds += time.perf_counter() - began
+        return reading
+
+    def begin_step(self) -> None:
+        """Before the step's first forward pass."""
+        if self._window is not None and self._fault is None:
+            self._capture.attach()
+
+    def before_step(self, optimizer: Any) -> None:
+        """After the backward passes and clipping, before the optimizer's step."""
+        self._capture.detach()
+        if self._window is not None and self._fault is None:
+            self._before = moments_before(optimizer, self._sites)
+
+    def after_step(self, optimizer: Any) -> None:
+        """After the optimizer's step, before gradients are zeroed and the scheduler moves on."""
+        before, self._before = self._before, None
+        if self._window is None or before is None:
+            return
+        began = time.perf_counter()
+        try:
+            self._add_step(self._window, before, optimizer)
+        except AttributionError as error:
+            self._fault = str(error)
+        self._window.seconds += time.perf_counter() - began
+
+    def _add_step(self, window: _Window, before: tuple[Moments, ...], optimizer: Any) -> None:
+        captured = self._capture.take()
+        updates, error = site_updates(captured.gradients, before, optimizer, self._sites, self._max_norm)
+        if not error < CAPTURE_LIMIT:
+            raise AttributionError(
+                f"the captured gradients miss {error:.1%} of the optimizer's gradient (limit: {CAPTURE_LIMIT:.0%}): "
+                "something else adds to it, or a matrix is used in a way that is not known"
+            )
+        ids = tuple(self.index.pair_of(each.key, each.tokens) for each in captured.examples)
+        for number, prompt in zip(ids, captured.prompts, strict=True):
+            if prompt is not None:
+                window.prompts[number] = prompt
+        window.steps.append(StepUpdate(ids, updates))
+        window.capture_error = max(window.capture_error, error)
+        window.held = max(window.held, captured.bytes)
+
+    def skip(self, why: str) -> None:
+        """This window cannot be attributed."""
+        self._fault = self._fault or why
+
+    def book(self, model: nn.Module, before: Snapshot, after: Snapshot) -> tuple[PairBook, tuple[Pair, ...]] | None:
+        """The books of the window from ``before`` to ``after``, and the pairs that were seen for the first time.
+
+        None where the window was not to be attributed.
+
+        Raises:
+            AttributionError: it was, but cannot be; says why.
+        """
+        window = self._window
+        if window is None:
+            return None
+        if self._fault is not None or not window.steps:
+            if isinstance(self.engine, Ghost):
+                self.engine.close()
+            raise AttributionError(self._fault or "no optimizer step was seen in this window")
+        began = time.perf_counter()
+        start, end = _state(before), _state(after)
+        if isinstance(self.engine, Ghost):
+            parts = self.engine.book(window.steps)
+        else:
+            parts = self.engine.book(model, window.steps, window.start, start, end)
+        book = self._close(window, parts, self.measure(start, end))
+        seen = self._describe([*book.ids.tolist(), *book.later_ids.tolist()])
+        seconds = window.seconds + time.perf_counter() - began
+        return _with_seconds(book, seconds), seen
+
+    def _close(self, window: _Window, parts: Parts, change: Array) -> PairBook:
+        ids, share, effect, size = _by_pair(parts.own, len(change))
+        later_ids, later_share, later_effect, _ = _by_pair(parts.later, len(change))
+        return PairBook(
+            engine="ghost" if isinstance(self.engine, Ghost) else "exact",
+            ids=ids,
+            share=share,
+            effect=effect,
+            later_ids=later_ids,
+            later_share=later_share,
+            later_effect=later_effect,
+            lines=close_books(change, share, later_share, momentum=parts.momentum, decay=parts.decay),
+            size=size,
+            intended=np.array([self._intended(window.prompts.get(int(number))) for number in ids], dtype=np.int64),
+            seconds=0.0,
+            held_bytes=window.held,
+            capture_error=window.capture_error,
+            update_error=self._update_error(window),
+        )
+
+    def _intended(self, prompt: torch.Tensor | None) -> list[int]:
+        """Positions of the features that a pair's own prompt activates most, by activation times |coefficient|."""
+        most = min(self.options.intended, len(self._policy.features))
+        if prompt is None:
+            return [-1] * most
+        with torch.no_grad():
+            pre, gate = self._instrument.encode(prompt.unsqueeze(0))
+            span = torch.ones(pre.shape[:2], dtype=torch.bool, device=pre.device)
+            pre, gate = pool(pre, gate, span, self._instrument.readout)
+        active = (pre * gate)[0].double().cpu().numpy() / self._policy.scale
+        weight = active * np.abs(self._policy.coef).sum(axis=1)
+        order = np.argsort(-weight, kind="stable")[:most]
+        return [int(place) if weight[place] > 0 else -1 for place in order]
+
+    def _update_error(self, window: _Window) -> float:
+        """Share of the real update that the parts miss: rounding, where AdamW divides tiny gradients by themselves."""
+        missed = moved = 0.0
+        for number, site in enumerate(self._sites):
+            real = (site.weight.detach().flatten() - window.start[number]).double()
+            parts = [step.sites[number] for step in window.steps]
+            told = sum((p.shares().sum(dim=0) + p.momentum() + p.decay()).double() for p in parts)
+            missed += float((real - told).square().sum())
+            moved += float(real.square().sum())
+        return (missed / moved) ** 0.5 if moved else 0.0
+
+    def _describe(self, numbers: Sequence[int]) -> tuple[Pair, ...]:
+        fresh = [number for number in dict.fromkeys(numbers) if number not in self._described]
+        self._described.update(fresh)
+        return tuple(self.index.describe(number) for number in fresh)
+
+
+#: Beyond this the captured gradients are not those of the training. bf16 rounds to about 0.002.
+CAPTURE_LIMIT = 0.05
+
+
+def _by_pair(entries: Sequence[Entries], functionals: int) -> tuple[NDArray[np.int64], Array, Array, Array]:
+    """Entries of equal pairs added up: numbers ascending, shares, effects, sizes."""
+    numbers = np.array([number for each in entries for number in each.ids], dtype=np.int64)
+    ids, place = np.unique(numbers, return_inverse=True)
+
+    def gather(part: Callable[[Entries], Array], shape: tuple[int, ...]) -> Array:
+        total = np.zeros((len(ids), *shape))
+        if len(numbers):
+            np.add.at(total, place, np.concatenate([part(each) for each in entries]))
+        return total
+
+    return (
+        ids,
+        gather(lambda each: each.share, (functionals,)),
+        gather(lambda each: each.effect, (functionals,)),
+        gather(lambda each: each.size, ()),
+    )
+
+
+def _with_seconds(book: PairBook, seconds: float) -> PairBook:
+    return PairBook(**{**vars(book), "seconds": seconds})
+
+
+def _state(snapshot: Snapshot) -> State:
+    return State(snapshot.pre, snapshot.gate, snapshot.y)

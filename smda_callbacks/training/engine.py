@@ -1,0 +1,134 @@
+"""Which engine attributes the pairs of a run: what was asked for, or the cheapest that is right, or none, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from smda_callbacks.observe.activations import HookSite, decoder_layers
+from smda_callbacks.observe.lora import AttributionError, lora_sites
+from smda_callbacks.observe.probe_gradients import check_differentiable
+from smda_callbacks.observe.updates import check_optimizer
+
+EngineName = Literal["auto", "ghost", "exact", "off"]
+ENGINES: tuple[EngineName, ...] = ("auto", "ghost", "exact", "off")
+
+
+@dataclass(frozen=True)
+class AttributionOptions:
+    """How training pairs are attributed.
+
+    ``engine``: ``ghost`` (first order, through gradients), ``exact`` (every pair's update applied and measured),
+    ``off``, or ``auto``: the cheaper one, off where neither can be right. ``every``: attribute every so many windows.
+    ``features``: how many of the policy's features to attribute, the largest coefficients first; None: all. ``renew``:
+    of how many the gradients through pre-activations are taken anew at every reading, in turn; None: of all.
+    ``momentum``: ``carry`` books what a gradient does through the momentum in later steps to its pair, as far as memory
+    allows; ``line`` leaves it in a line of its own. ``memory_gib``: most memory for gradients of pairs, of a step and
+    of those carried, each. ``intended``: how many features a pair is said to be about. ``text``: keep the pairs' text
+    in the store. ``id_column``: a column of the data set that names its pairs.
+    """
+
+    engine: EngineName = "auto"
+    every: int = 1
+    features: int | None = 8
+    renew: int | None = 2
+    momentum: Literal["carry", "line"] = "carry"
+    memory_gib: float = 4.0
+    intended: int = 4
+    text: bool = True
+    id_column: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"attribution.engine is {self.engine!r}. Allowed: {', '.join(ENGINES)}.")
+        for name in ("every", "intended"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"attribution.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("features", "renew"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"attribution.{name} must be at least 1, or null for all, got {getattr(self, name)}.")
+        if not self.memory_gib > 0:
+            raise ValueError(f"attribution.memory_gib must be above 0, got {self.memory_gib}.")
+
+    @property
+    def limit(self) -> int:
+        """Most bytes of gradients to hold."""
+        return int(self.memory_gib * 2**30)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine of a run. ``why`` is for the log and the manifest."""
+
+    engine: Literal["ghost", "exact", "off"]
+    why: str
+
+
+def choose_engine(
+    options: AttributionOptions, model: nn.Module, optimizer: Any, args: Any, columns: Any, site: HookSite
+) -> Choice:
+    """Choose the engine before training.
+
+    Args:
+        columns: names of the prepared data set's columns, None for a stream.
+
+    Raises:
+        AttributionError: the engine that was asked for by name cannot be right here; says why.
+    """
+    if options.engine == "off":
+        return Choice("off", "attribution.engine is off")
+    try:
+        for check in (
+            lambda: check_training(args, columns),
+            lambda: lora_sites(model),
+            lambda: check_optimizer(optimizer),
+        ):
+            check()
+        if options.engine == "ghost":
+            check_differentiable(model)
+    except AttributionError as error:
+        if options.engine != "auto":
+            raise
+        return Choice("off", str(error))
+    if options.engine != "auto":
+        return Choice(options.engine, f"attribution.engine is {options.engine}")
+    return _cheaper(options, model, args, site)
+
+
+def check_training(args: Any, columns: Any) -> None:
+    """Refuse trainings in which a step's pairs cannot be told apart, or hooks would change the training.
+
+    Raises:
+        AttributionError: names what.
+    """
+    faults: dict[str, Callable[[], bool]] = {
+        "training runs on several processes, and each sees only its own pairs": lambda: args.world_size > 1,
+        "torch.compile would compile another graph around hooks, and training would change": lambda: bool(
+            getattr(args, "torch_compile", False)
+        ),
+        "fp16 scales losses by a factor that is not known here": lambda: bool(args.fp16),
+        "DeepSpeed steps inside the backward pass": lambda: bool(getattr(args, "deepspeed", None)),
+        f"the data set has the columns {columns} and no input_ids, so a step's pairs cannot be recognised": lambda: (
+            columns is not None and "input_ids" not in columns
+        ),
+    }
+    for text, holds in faults.items():
+        if holds():
+            raise AttributionError(f"{text}. Next step: change that, or set attribution.engine: off.")
+
+
+def _cheaper(options: AttributionOptions, model: nn.Module, args: Any, site: HookSite) -> Choice:
+    """By the number of probe readings that each engine costs per step; a backward pass counts as two."""
+    pairs = int(args.per_device_train_batch_size) * int(args.gradient_accumulation_steps)
+    depth = (site.layer + 1) / len(decoder_layers(model))
+    ghost = 3 + 2 * depth * min(each for each in (options.features, options.renew, 16) if each is not None)
+    exact = 3 * pairs + 4
+    said = f"about {ghost:.0f} probe readings per attributed step, exact about {exact:.0f}"
+    try:
+        check_differentiable(model)
+    except AttributionError as error:
+        return Choice("exact", f"gradients through the probes are not possible here ({error}); {said}")
+    return Choice("ghost", f"ghost costs {said}") if ghost <= exact else Choice("exact", f"ghost would cost {said}")
