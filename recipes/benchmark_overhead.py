@@ -7,7 +7,9 @@
   a bare forward pass of the same padded tokens: no mask, no hook, no score. ``..._cpu``: the same in processor time.
 * ``train_with_over_without``: a whole training run (TRL, LoRA) with the callback over the same run without it, by the
   trainer's own ``train_runtime``, the start of the watch and the run store included. It measures after every step;
-  ``..._every_10`` after every tenth. A small model on short pairs pays most: its training steps are cheap.
+  ``..._every_10`` after every tenth, ``..._no_pairs`` attributes nothing to pairs. A small model on short pairs pays
+  most: its training steps are cheap.
+* ``capture_over_train_step``, ``ghost_over_probe_backward``: see recipes/benchmark_pairs.py.
 * ``refit_speedup_16k``, ``..._131k``: scikit-learn's Ridge on the dense matrix over the library's refit on its
   non-zeros, at 400 probes (``..._n200``: 200), in processor time. ``refit_max_abs_diff``: how far they are apart.
 
@@ -46,6 +48,7 @@ from trl import SFTConfig, SFTTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
 
 from recipes.benchmark_maths import HEADER, Figure, in_turns, refit
+from recipes.benchmark_pairs import Step, capture, ghost
 from smda_callbacks import SMDACallback, __version__
 from smda_callbacks.config.build import build_plan, builtin_path
 from smda_callbacks.config.load import check_config
@@ -109,23 +112,62 @@ def measurement(options: Options) -> Iterator[Figure]:
     yield Figure("callback_over_probe_forward_cpu", [a.cpu / b.cpu for a, b in turns], "<= 1.15")
 
 
-# 2. Training with the callback over training without it ---------------------------------------------------------------
+# 2. Attribution to pairs ----------------------------------------------------------------------------------------------
+
+
+def pairs(options: Options) -> Iterator[Figure]:
+    """Capturing gradients of single pairs, and engine ghost."""
+    model, tokenizer = load(options)
+    adapted: Any = get_peft_model(model, lora())
+    args = training_arguments(options, "unused")
+    batch, dataset = first_batch(options, tokenizer)
+    plan = replace(build_plan(settings(options)), make_sinks=lambda _: (MemorySink(),), noise_draws=0, on_error="raise")
+    optimizer = torch.optim.AdamW(trained_parameters(adapted), lr=1e-5)
+    loader = torch.utils.data.DataLoader(dataset)
+    monitor = Monitor(plan, adapted.eval(), Trainer(args, optimizer, loader, tokenizer), 0, 1e-3)
+    step = Step(adapted, monitor, batch)
+    yield from capture(step, options.repeats, options.device)
+    yield from ghost(adapted, monitor, step, options.repeats, options.device)
+
+
+def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Dataset]:
+    """Eight pairs as the trainer would batch them, and the data set as it would be prepared."""
+    rows = []
+    for pair in read_pairs(options.pairs).select(range(8)):
+        prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template([*pair["prompt"], *pair["completion"]], return_dict=False)
+        rows.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
+    width = max(len(row["input_ids"]) for row in rows)
+    padded = {
+        "input_ids": [row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows],
+        "attention_mask": [[1] * len(row["input_ids"]) + [0] * (width - len(row["input_ids"])) for row in rows],
+        "labels": [row["labels"] + [-100] * (width - len(row["labels"])) for row in rows],
+    }
+    batch = {name: torch.tensor(values, device=options.device) for name, values in padded.items()}
+    return batch, Dataset.from_list(rows)
+
+
+# 3. Training with the callback over training without it ---------------------------------------------------------------
 
 
 def training(options: Options) -> Iterator[Figure]:
-    """A whole run, watched after every step and after every tenth, over the same run unwatched."""
-    names = {"train_with_over_without": 1, "train_with_over_without_every_10": 10}
+    """A whole run, watched in several ways, over the same run unwatched."""
+    names: dict[str, dict[str, Any]] = {
+        "train_with_over_without": {},
+        "train_with_over_without_every_10": {"measure": {"every": 10}},
+        "train_with_over_without_no_pairs": {"attribution": {"engine": "off"}},
+    }
     ratios: dict[str, list[float]] = {name: [] for name in names}
     train_runtime(options, None)
     for _ in range(min(options.repeats, 3)):
-        for name, every in names.items():
-            ratios[name].append(train_runtime(options, every) / train_runtime(options, None))
+        for name, chosen in names.items():
+            ratios[name].append(train_runtime(options, chosen) / train_runtime(options, None))
     for name, values in ratios.items():
         yield Figure(name, values)
 
 
-def train_runtime(options: Options, every: int | None) -> float:
-    """Seconds that the trainer reports for a run, watched every so many steps or (None) not at all."""
+def train_runtime(options: Options, chosen: dict[str, Any] | None) -> float:
+    """Seconds that the trainer reports for a run, watched with these settings or (None) not at all."""
     set_seed(0)
     model, tokenizer = load(options)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +177,7 @@ def train_runtime(options: Options, every: int | None) -> float:
             train_dataset=read_pairs(options.pairs),
             processing_class=tokenizer,
             peft_config=lora(),
-            callbacks=[SMDACallback.from_config(settings(options, every))] if every else [],
+            callbacks=[] if chosen is None else [SMDACallback.from_config(settings(options, chosen))],
         )
         trainer.remove_callback(PrinterCallback)
         return float(trainer.train().metrics["train_runtime"])
@@ -168,9 +210,9 @@ def read_pairs(source: str) -> Dataset:
     )
 
 
-def settings(options: Options, every: int = 1) -> SMDAConfig:
+def settings(options: Options, chosen: dict[str, Any] | None = None) -> SMDAConfig:
     """The callback's configuration: defaults all through, but W&B is left out."""
-    values = {"sae": {"source": options.sae}, "measure": {"every": every}, "wandb": {"enabled": False}}
+    values = {"sae": {"source": options.sae}, "wandb": {"enabled": False}, **(chosen or {})}
     return check_config(values, "the benchmark's configuration")
 
 
@@ -239,7 +281,7 @@ def main() -> None:
     options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
     print(HEADER)
     figures = []
-    for figure in chain(measurement(options), training(options), refit(options.repeats)):
+    for figure in chain(measurement(options), pairs(options), training(options), refit(options.repeats)):
         figures.append(figure)
         print(figure, flush=True)
     args.json.write_text(json.dumps(as_json(figures, options), indent=2) + "\n", encoding="utf-8")

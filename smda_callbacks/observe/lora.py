@@ -85,7 +85,7 @@ def _kind(name: str, variants: tuple[str, ...]) -> str:
 @contextlib.contextmanager
 def tapped(sites: tuple[LoraSite, ...], consume: Consumer) -> Iterator[None]:
     """Context in which every backward pass hands input and output gradient of every site to ``consume``."""
-    tap = Tap(sites, consume, active=lambda: True, once=False)
+    tap = Tap(sites, consume)
     tap.attach()
     try:
         yield
@@ -96,14 +96,22 @@ def tapped(sites: tuple[LoraSite, ...], consume: Consumer) -> Iterator[None]:
 class Tap:
     """Hooks on all sites. They change no number: they only look.
 
-    ``active``: whether an input that comes in now is to be kept. ``once``: one backward pass for every forward pass, so
-    that inputs can be let go of early.
+    ``listening``: whether the pass that goes on is of interest; ``recomputed``: inputs are to be taken from the
+    recomputation of gradient checkpointing, since those of the first pass would stay in memory. ``once``: one backward
+    pass for every forward pass, so that inputs can be let go of early.
     """
 
     def __init__(
-        self, sites: tuple[LoraSite, ...], consume: Consumer, *, active: Callable[[], bool], once: bool
+        self,
+        sites: tuple[LoraSite, ...],
+        consume: Consumer,
+        *,
+        listening: Callable[[], bool] = lambda: True,
+        recomputed: bool = False,
+        once: bool = False,
     ) -> None:
-        self.sites, self.consume, self.active, self.once = sites, consume, active, once
+        self.sites, self.consume, self.listening = sites, consume, listening
+        self.recomputed, self.once = recomputed, once
         self._inputs: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}  # gradients that came before the input
         self._handles: list[Any] = []
@@ -120,12 +128,19 @@ class Tap:
         """Remove all hooks and forget what was seen."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._inputs, self._waiting = [], {}, {}
+        self._handles = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of what was seen."""
+        self._inputs, self._waiting = {}, {}
 
     # Under gradient checkpointing a forward pass comes twice, and the recomputation stops before the last modules are
     # through: inputs are taken on the way in, and gradients at the outputs of whichever pass is in the graph.
     def _before(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled() or not self.active():
+        if not torch.is_grad_enabled() or not self.listening():
+            return
+        if self.recomputed and torch._C._current_graph_task_id() == -1:  # no backward pass is going on
             return
         seen, gradient = args[0].detach(), self._waiting.pop(number, None)
         if gradient is not None:
@@ -134,11 +149,11 @@ class Tap:
             self._inputs[number] = seen
 
     def _after(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
+        if output.requires_grad and self.listening():
             output.register_hook(partial(self._arrived, number))
 
     def _arrived(self, number: int, gradient: Tensor) -> None:
-        if not self._handles:  # detached in between
+        if not self.listening():
             return
         seen = self._inputs.pop(number, None) if self.once else self._inputs.get(number)
         if seen is not None:

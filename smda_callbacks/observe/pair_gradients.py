@@ -39,7 +39,8 @@ class Captured:
 
 
 class PairCapture:
-    """Captures the training examples of a step. Attach it before the step's first forward pass, ask it afterwards.
+    """Captures the training examples of a step. Attach it before the step's first forward pass, stop it before the
+    optimizer's step, ask it afterwards.
 
     Args:
         limit: most bytes of gradients to hold; a step that needs more is given up (``take`` raises), training is not.
@@ -59,9 +60,7 @@ class PairCapture:
     ) -> None:
         self.sites, self.readout, self.limit, self.marker = sites, readout, limit, marker
         self._watch = BatchWatch(model, self._begin)
-        self._tap = Tap(sites, self._consume, active=self._is_wanted, once=True)
-        # With checkpointing, inputs are taken from the recomputation: those of the first pass would stay in memory.
-        self._recomputed = bool(getattr(unwrap(model), "is_gradient_checkpointing", False))
+        self._tap = Tap(sites, self._consume, listening=self._is_listening, recomputed=_checkpoints(model), once=True)
         self._layer, self._kind = find_module(model, site), site.kind
         self._layer_hook: Any = None
         self._expected: list[Sequence] | None = None  # examples of the micro-batch that is going through
@@ -70,27 +69,28 @@ class PairCapture:
         self._clear()
 
     def attach(self) -> None:
-        """Start a step: forget the last one, hook the model."""
+        """Hook the model, and start a step: forget the last one. The hooks stay on until ``detach``."""
         self._clear()
         self._watch.attach()
         self._tap.attach()
         if self._layer_hook is None:
-            hook = self._before_layer if self._kind == "resid_pre" else self._after_layer
-            register: Any = (
-                self._layer.register_forward_pre_hook
-                if self._kind == "resid_pre"
-                else self._layer.register_forward_hook
-            )
-            self._layer_hook = register(hook, with_kwargs=True)
+            layer, before = self._layer, self._kind == "resid_pre"
+            register: Any = layer.register_forward_pre_hook if before else layer.register_forward_hook
+            self._layer_hook = register(self._before_layer if before else self._after_layer, with_kwargs=True)
+
+    def stop(self) -> None:
+        """The step's passes are over: look at nothing until the next ``attach``."""
+        self._expected = None
+        self._watch.detach()
+        self._tap.forget()
 
     def detach(self) -> None:
         """Take all hooks off; what was captured stays until the next step."""
-        self._watch.detach()
+        self.stop()
         self._tap.detach()
         if self._layer_hook is not None:
             self._layer_hook.remove()
             self._layer_hook = None
-        self._expected = None
 
     def take(self) -> Captured:
         """What was captured since ``attach``.
@@ -128,9 +128,8 @@ class PairCapture:
         end = find_prompt_end(example.tokens, self.marker)
         return example if end is None else replace(example, prompt_end=example.start + end)
 
-    def _is_wanted(self) -> bool:
-        in_backward = torch._C._current_graph_task_id() != -1
-        return self._expected is not None and self._error is None and (in_backward or not self._recomputed)
+    def _is_listening(self) -> bool:
+        return self._expected is not None and self._error is None
 
     def _consume(self, number: int, seen: Tensor, gradient: Tensor) -> None:
         # An exception inside a hook would end the training: it is kept for ``take``.
@@ -181,3 +180,10 @@ class PairCapture:
             if each.prompt_end is not None:
                 begin = each.prompt_end if self.readout == "last" else each.start
                 self._prompts[first + number] = stream[each.row, begin : each.prompt_end + 1].detach().clone()
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether the model recomputes its forward pass in the backward pass."""
+    inner = unwrap(model)
+    name = "is_activation_checkpointing"  # until transformers 5.23 the other one
+    return bool(getattr(inner, name if hasattr(type(inner), name) else "is_gradient_checkpointing", False))

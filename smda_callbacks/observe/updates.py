@@ -256,12 +256,11 @@ def site_updates(
     """
     gradients_of = ((site.weight, site.weight.grad) for site in sites)
     given = tuple(_flat(torch.zeros_like(weight) if grad is None else grad) for weight, grad in gradients_of)
-    sums = tuple(rows.sum(dim=0) for rows in gradients)
-    clip = _total(torch.dot, sums, given) / max(_total(torch.dot, sums, sums), 1e-300)
-    missed = tuple(clip * a - b for a, b in zip(sums, given, strict=True))
-    error = _total(torch.dot, missed, missed) ** 0.5
-    size = _total(torch.dot, given, given) ** 0.5
-    reclip = _reclip(gradients, sums, clip, max_norm)
+    total = torch.cat([rows.sum(dim=0) for rows in gradients]).double()
+    wanted = torch.cat(given).double()
+    clip = float(total @ wanted) / max(float(total @ total), 1e-300)
+    error, size = float((clip * total - wanted).norm()), float(wanted.norm())
+    reclip = _reclip(gradients, total, clip, max_norm)
     rules = rules_of(optimizer, sites)
     updates = tuple(
         SiteUpdate(rows, gradient, moments, rule, clip, reclip.to(rows))
@@ -270,19 +269,19 @@ def site_updates(
     return updates, error / size if size else float(error > 0)
 
 
-def _reclip(gradients: tuple[Tensor, ...], sums: tuple[Tensor, ...], clip: float, max_norm: float) -> Tensor:
-    """Clipping coefficient of the batch without each example, over that of the whole batch."""
+def _reclip(gradients: tuple[Tensor, ...], total: Tensor, clip: float, max_norm: float) -> Tensor:
+    """Clipping coefficient of the batch without each example, over that of the whole batch.
+
+    ``total``: the sum over examples, all sites in a row.
+    """
     if not 0 < max_norm < float("inf") or clip <= 0:
         return torch.ones(len(gradients[0]), dtype=torch.float64)
-    own = torch.stack([rows.double().square().sum(dim=1) for rows in gradients]).sum(dim=0)
-    cross = torch.stack([(rows @ total).double() for rows, total in zip(gradients, sums, strict=True)]).sum(dim=0)
-    rest = (_total(torch.dot, sums, sums) - 2 * cross + own).clamp(min=0).sqrt()
-    without = (max_norm / (rest + 1e-6)).clamp(max=1.0)  # the rule of torch.nn.utils.clip_grad_norm_
+    parts = total.split([rows.shape[1] for rows in gradients])
+    own = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64) for rows in gradients]
+    cross = [(rows @ part.to(rows)).double() for rows, part in zip(gradients, parts, strict=True)]
+    rest = total @ total - 2 * torch.stack(cross).sum(dim=0) + torch.stack(own).square().sum(dim=0)
+    without = (max_norm / (rest.clamp(min=0).sqrt() + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     return (without / clip).cpu()
-
-
-def _total(product: Any, first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> float:
-    return sum(float(product(a.double(), b.double())) for a, b in zip(first, second, strict=True))
 
 
 def _flat(tensor: Tensor) -> Tensor:

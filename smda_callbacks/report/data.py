@@ -24,6 +24,8 @@ from smda_callbacks.records import (
     RunEnd,
     WindowRecord,
 )
+from smda_callbacks.sinks.attribution import is_audit
+from smda_callbacks.sinks.pair_table import PairTable, pair_table
 from smda_callbacks.sinks.store_reader import RunStore
 
 #: A shift counts as above its noise floor when it is more than so many times as large.
@@ -63,6 +65,16 @@ class RunData:
     @property
     def behaviours(self) -> tuple[str, ...]:
         return self.policy.behaviours
+
+    @property
+    def audit(self) -> bool:
+        """Whether every window is one pair's change from the baseline: then nothing may be summed over windows."""
+        return is_audit(self.store.manifest)
+
+    @cached_property
+    def pairs(self) -> PairTable | None:
+        """What the training pairs did over the run; None where no window was attributed."""
+        return pair_table(self.store.start, self.windows)
 
     @property
     def unit(self) -> str:
@@ -142,7 +154,8 @@ class RunAccount:
 
 
 def run_account(data: RunData) -> RunAccount:
-    """Sum the accounts of all booked windows; zeros before the first."""
+    """Sum the accounts of all booked windows; zeros before the first. Raises ValueError for an audit."""
+    refuse_audit(data)
     categories, (features, behaviours) = len(data.categories), data.policy.coef.shape
     rows = {row: np.zeros((categories, behaviours)) for row in ROWS}
     by_feature = {row: np.zeros((categories, features, behaviours)) for row in FEATURE_ROWS}
@@ -161,7 +174,9 @@ def behaviour_floors(data: RunData) -> Array | None:
 
 
 def gaps_now(data: RunData) -> list[Mapping[str, Any]]:
-    """The gap table at the last booked record, as rows; refusal is the first behaviour."""
+    """The gap table at the last booked record, as rows; refusal is the first behaviour. An audit has but the start."""
+    if data.audit:
+        return list(data.store.gaps_start)
     if data.end is not None:
         return list(data.end.gaps)
     record = data.records[-1]
@@ -194,8 +209,21 @@ def missed(data: RunData) -> tuple[list[int], list[int]]:
     return [step for step, _ in checked], [step for step, value in checked if value > 1]
 
 
+def refuse_audit(data: RunData) -> None:
+    """Raise ValueError for an audit: its windows all start from the baseline, and their sum is no change of a model."""
+    if data.audit:
+        raise ValueError(
+            "the run is an audit: every window is one pair's change from the same start, so that their sum over "
+            "windows means nothing. Next step: read its pairs, RunData.pairs."
+        )
+
+
 def accumulated_floor(data: RunData, noise: NoiseFloor, random: Array, rounding: Array) -> Array:
-    """Noise floor of a change since the start, ``[record, ...]``, from the floors ``[...]`` of a single update."""
+    """Noise floor of a change since the start, ``[record, ...]``, from the floors ``[...]`` of a single update.
+
+    Raises ValueError for an audit.
+    """
+    refuse_audit(data)
     floors = [np.zeros_like(random)]
     for window in data.ok:
         step = step_floor(random, rounding, window.update_rms / noise.update_rms)

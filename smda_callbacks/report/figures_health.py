@@ -23,7 +23,8 @@ def sae_health(data: RunData) -> go.Figure:
     found.add_trace(_line(data, "l0", "L0", f.BLUE), row=2, col=1)
     found.add_trace(_line(data, "jaccard", "Jaccard", f.BLUE), row=2, col=2)
     _label_axes(found)
-    found.update_xaxes(f.step_axis(data.steps))
+    axis = f.step_axis(data.steps)
+    found.update_xaxes({**axis, "title": {"text": "measurement: a pair and repeat"}} if data.audit else axis)
     found.update_xaxes(title={"text": ""}, row=1)
     found.update_annotations(font={"size": 13, "color": f.INK})
     start = data.store.baseline.health
@@ -46,7 +47,8 @@ def _label_axes(found: go.Figure) -> None:
 
 
 def _line(data: RunData, field: str, name: str, colour: str) -> go.Scatter:
-    records = [record for record in data.records if record.health is not None]
+    # The fixed model of an audit is no measurement of a pair; its FVU is the dashed line.
+    records = [record for record in (data.ok if data.audit else data.records) if record.health is not None]
     points = [getattr(record.health, field) for record in records]
     if field.startswith("delta"):
         points = [point if point is not None and point > 0 else None for point in points]  # a log axis has no zero
@@ -54,12 +56,12 @@ def _line(data: RunData, field: str, name: str, colour: str) -> go.Scatter:
         x=[record.step for record in records],
         y=f.values(points),
         name=name,
-        mode=f.marker_mode(len(points)),
+        mode="markers" if data.audit else f.marker_mode(len(points)),  # pairs are no course of time
         connectgaps=False,
         line={"color": colour, "width": 2},
         marker={"size": 5},
         showlegend=field.startswith("delta"),
-        hovertemplate=f"{name}<br>step %{{x}}: %{{y:.3g}}<extra></extra>",
+        hovertemplate=f"{name}<br>{'number' if data.audit else 'step'} %{{x}}: %{{y:.3g}}<extra></extra>",
     )
 
 

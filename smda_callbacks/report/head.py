@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from smda_callbacks.report import tables
+from smda_callbacks.report.audit_verdict import audit_facts, audit_tiles
 from smda_callbacks.report.data import RunData, missed
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, signed
 from smda_callbacks.report.verdict import probes_to, verdict, worst_category
@@ -22,7 +23,7 @@ def head(data: RunData, behaviour: int) -> Html:
         element("h3", "Alerts"),
         tables.alert_list(data),
         tables.unbooked_list(data),
-        element("h3", "The run"),
+        element("h3", "The audit" if data.audit else "The run"),
         tables.facts(run_facts(data, behaviour)),
     ])  # fmt: skip
 
@@ -31,11 +32,15 @@ def _origin(data: RunData) -> str:
     manifest, policy = data.store.manifest, data.policy
     model = _mapping(manifest.get("model")).get("id") or policy.model_id
     sae = _mapping(manifest.get("sae")).get("id") or policy.sae_id
-    return f"Run {_text(manifest.get('run_id'))} · model {_text(model)} · SAE {_text(sae)}"
+    kind = "Audit" if data.audit else "Run"
+    return f"{kind} {_text(manifest.get('run_id'))} · model {_text(model)} · SAE {_text(sae)}"
 
 
 def tiles(data: RunData, behaviour: int) -> Html:
     """A few numbers at a glance."""
+    if data.audit:
+        found = [_tile(*each) for each in audit_tiles(data, behaviour)]
+        return element("div", *found, *_trust_tiles(data, behaviour), class_="tiles")
     found = [
         _change_tile(probes_to(group), float(means[0, behaviour]), float(means[-1, behaviour]), data.unit)
         for group, means in data.group_means.items()
@@ -44,12 +49,18 @@ def tiles(data: RunData, behaviour: int) -> Html:
         worst = worst_category(data, behaviour)
         start, end = (float(data.means[record, worst, behaviour]) for record in (0, -1))
         found.append(_change_tile(f"worst: {data.categories[worst]}", start, end, data.unit))
+    return element("div", *found, *_trust_tiles(data, behaviour), class_="tiles")
+
+
+def _trust_tiles(data: RunData, behaviour: int) -> list[Html]:
+    """How far policy and SAE may be believed."""
     quality = data.policy.quality[behaviour]
-    found.append(_tile("policy R², leave-one-out", fixed(quality.r2_loo), f"{fixed(quality.r2)} in sample"))
+    found = [_tile("policy R², leave-one-out", fixed(quality.r2_loo), f"{fixed(quality.r2)} in sample")]
     checked, bad = missed(data)
     if checked:
-        found.append(_tile("delta-FVU above 1", f"{len(bad)} of {len(checked)}", "windows, at fixed gates"))
-    return element("div", *found, class_="tiles")
+        noun = "measurements" if data.audit else "windows"
+        found.append(_tile("delta-FVU above 1", f"{len(bad)} of {len(checked)}", f"{noun}, at fixed gates"))
+    return found
 
 
 def _change_tile(title: str, start: float, end: float, unit: str) -> Html:
@@ -66,10 +77,7 @@ def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
     """Where the run comes from, as names and values."""
     manifest, policy = data.store.manifest, data.policy
     quality = policy.quality[behaviour]
-    skipped = sum(len(window.skipped) for window in data.windows)
-    unbooked = len(data.windows) - len(data.ok)
     sae, model = _mapping(manifest.get("sae")), _mapping(manifest.get("model"))
-    windows = f"{len(data.windows)}: {len(data.ok)} booked, {unbooked} not measured"
     return [
         ("run", _text(manifest.get("run_id"))),
         ("created", _text(manifest.get("created"))),
@@ -81,13 +89,41 @@ def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
         ("policy", f"{count(len(policy.features), 'feature')}, λ = {number(policy.lam)}, "
                    f"{number(policy.edf)} effective degrees of freedom, condition {number(policy.condition, 2)}"),
         ("probes", f"{len(data.probes)} in {count(len(data.categories), 'category', 'categories')}"),
-        ("steps", f"{data.steps[0]} to {data.windows[-1].step if data.windows else data.steps[0]}; "
-                  f"{count(skipped, 'step')} skipped by the optimizer"),
-        ("windows", windows),
+        *(_audit_facts(data) if data.audit else _step_facts(data)),
+        ("pairs", attribution_sentence(data)),
         ("noise floor", "not measured" if data.noise is None else f"from {count(data.noise.draws, 'random update')}"),
         ("hashes", _hashes(manifest, sae, model)),
         ("versions", ", ".join(f"{name} {each}" for name, each in _mapping(manifest.get("versions")).items() if each)),
     ]  # fmt: skip
+
+
+def _step_facts(data: RunData) -> list[tuple[str, object]]:
+    skipped = sum(len(window.skipped) for window in data.windows)
+    unbooked = len(data.windows) - len(data.ok)
+    return [
+        ("steps", f"{data.steps[0]} to {data.windows[-1].step if data.windows else data.steps[0]}; "
+                  f"{count(skipped, 'step')} skipped by the optimizer"),
+        ("windows", f"{len(data.windows)}: {len(data.ok)} booked, {unbooked} not measured"),
+    ]  # fmt: skip
+
+
+def _audit_facts(data: RunData) -> list[tuple[str, object]]:
+    """The audit's own settings, as its manifest has them; lists and what says nothing left out."""
+    plain = {name: value for name, value in audit_facts(data).items() if isinstance(value, str | int | float)}
+    seconds = sum(window.seconds for window in data.windows)
+    settings = ", ".join(f"{name} {value}" for name, value in plain.items() if name != "pairs_hash")
+    return [("audit", settings), ("measuring", f"{fixed(seconds, 1)} s")]
+
+
+def attribution_sentence(data: RunData) -> str:
+    """Whether the change was attributed to training pairs, and if not, why."""
+    found, pairs = _mapping(data.store.manifest.get("attribution")), data.pairs
+    if pairs is not None:
+        return f"{count(int(pairs.known.sum()), 'pair')} with an account (engine {_text(found.get('engine'))})"
+    if not found:
+        return "not attributed"
+    why = str(found.get("why") or "no reason is known").rstrip(".")
+    return f"not attributed: {why}" if found.get("engine", "off") == "off" else "no window has been attributed yet"
 
 
 def _hashes(manifest: Mapping[str, Any], sae: Mapping[str, Any], model: Mapping[str, Any]) -> Html:

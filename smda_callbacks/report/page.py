@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -16,7 +17,8 @@ from plotly.utils import PlotlyJSONEncoder
 from smda_callbacks.report.data import RunData
 from smda_callbacks.report.figures import DARK
 from smda_callbacks.report.markup import Html, element, join, script_json
-from smda_callbacks.report.sections import SECTIONS, Page
+from smda_callbacks.report.section import Page, Section
+from smda_callbacks.report.sections import sections_of
 from smda_callbacks.sinks.files import write_atomic
 from smda_callbacks.sinks.store_reader import RunStore
 
@@ -44,19 +46,27 @@ def write_report(run: RunStore | str | Path, out: str | Path | None = None) -> P
 
 def render(data: RunData) -> str:
     """The whole page as text. The same run gives the same text."""
-    page = Page(data)
-    body = [element("section", element("h2", each.title), each.build(page), id=each.name) for each in SECTIONS]
+    page, sections = Page(data), sections_of(data)
+    body = [element("section", element("h2", _title(each, data)), each.build(page), id=each.name) for each in sections]
     scripts = [Html(get_plotlyjs()), _asset("page.js")]
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{data.store.manifest.get('run_id', data.store.path.name)}: what the run did"),
+        element("title", f"{data.store.manifest.get('run_id', data.store.path.name)}: {_what(data).lower()}"),
         element("style", _asset("page.css")),
     )
-    content = [_bar(data), element("main", *body), _figures(page.figures), *(element("script", s) for s in scripts)]
+    content = [_bar(data, sections), element("main", *body), _figures(page), *(element("script", s) for s in scripts)]
     return f"<!doctype html>\n{element('html', head, element('body', *content), lang='en')}\n"
+
+
+def _what(data: RunData) -> str:
+    return "What the pairs do" if data.audit else "What the run did"
+
+
+def _title(section: Section, data: RunData) -> str:
+    return _what(data) if section.name == "summary" else section.title
 
 
 def _policy(scripts: list[Html]) -> str:
@@ -65,18 +75,19 @@ def _policy(scripts: list[Html]) -> str:
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
 
 
-def _bar(data: RunData) -> Html:
+def _bar(data: RunData, sections: Sequence[Section]) -> Html:
     """The bar on top: where to go, which behaviour, which theme."""
-    links = [element("a", each.short, href=f"#{each.name}") for each in SECTIONS]
+    links = [element("a", each.short, href=f"#{each.name}") for each in sections]
     options = [element("option", name, value=number) for number, name in enumerate(data.behaviours)]
     chooser = element("label", "behaviour ", element("select", *options, id="chosen-behaviour"))
     button = element("button", "dark / light", id="theme", type="button", title="Switch between dark and light")
     return element("nav", *links, element("span", class_="space"), chooser if len(options) > 1 else None, button)
 
 
-def _figures(figures: dict[str, go.Figure]) -> Html:
-    """All figures as one block of data, drawn when they come into view."""
-    content = {"dark": DARK, "figures": {key: _plain(found) for key, found in figures.items()}}
+def _figures(page: Page) -> Html:
+    """All figures as one block of data, drawn when they come into view, and the rankings of pairs."""
+    figures = {key: _plain(found) for key, found in page.figures.items()}
+    content = {"dark": DARK, "figures": figures, "rankings": page.rankings}
     noscript = element("noscript", "The figures need JavaScript; the tables do not.")
     return join([noscript, element("script", script_json(content), type="application/json", id="figures")])
 

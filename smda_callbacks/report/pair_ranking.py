@@ -6,6 +6,7 @@ Without a script, the ranking by the first functional is there to read.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -164,11 +165,13 @@ def _for_script(
 
 def _rest(found: Ranking, quantity: Quantity) -> str:
     whole = len(found.rows) + found.left
+    option = "" if quantity == "effect" else f" --quantity {quantity}"
+    command = f"smda pairs RUN --by {shlex.quote(found.name)}{option} --top {whole}"
     if not found.left:
         return f"All {count(whole, 'pair')} with an account by {found.name}."
     return (
         f"The {len(found.rows):,} largest of {count(whole, 'pair')} by {found.name}; the {quantity} of no other is "
-        f"larger than {number(found.largest)}. smda pairs RUN --by {found.name} lists all."
+        f"larger than {number(found.largest)}. {command} lists all."
     )
 
 

@@ -3,57 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
-import plotly.graph_objects as go
 
 from smda_callbacks.maths.formula import format_policy
-from smda_callbacks.report import figures_behaviour, figures_health, figures_policy, tables, texts
+from smda_callbacks.report import figures_behaviour, figures_health, figures_policy, tables, texts, texts_pairs
 from smda_callbacks.report.data import RunData, gaps_now
+from smda_callbacks.report.gap_pairs import pairs_behind_gaps
 from smda_callbacks.report.head import head
 from smda_callbacks.report.markup import Html, count, element, fixed, join, percent, token
+from smda_callbacks.report.pairs_data import has_pairs, pair_data
+from smda_callbacks.report.section import Page, Section, feature_warning, say
+from smda_callbacks.report.sections_groups import groups_section, interference_section
+from smda_callbacks.report.sections_pairs import ledger_section, pairs_section
 from smda_callbacks.report.shifts import FeatureShift, feature_shifts
-from smda_callbacks.report.verdict import sae_sentence, warning
+from smda_callbacks.report.verdict import sae_sentence
 from smda_callbacks.report.waterfall import bars_by_feature, bars_by_row, most_changed
 
 #: Features in the bar chart.
 CHARTED = 15
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the sections are built from, and the figures that they leave behind by key."""
-
-    data: RunData
-    figures: dict[str, go.Figure] = field(default_factory=dict)
-
-    def figure(self, key: str, found: go.Figure, caption: str) -> Html:
-        """Keep a figure and return its place in the page."""
-        self.figures[key] = found
-        return self.place(key, caption)
-
-    def place(self, key: str, caption: str) -> Html:
-        """A place for the figure ``key``, as high as it will be."""
-        height = f"min-height:{self.figures[key].layout.height}px"
-        box = element("div", class_="figure", data_figure=key, style=height, role="img", aria_label=caption)
-        return element("figure", box, element("figcaption", caption))
-
-    def for_behaviours(self, build: Callable[[Page, int], Html]) -> Html:
-        """What ``build`` makes for every behaviour; one is shown at a time."""
-        built = ((m, build(self, m)) for m in range(len(self.data.behaviours)))
-        return join(element("div", each, class_="behaviour", data_behaviour=m, hidden=m > 0) for m, each in built)
-
-
-@dataclass(frozen=True)
-class Section:
-    """``name`` is its anchor, ``short`` stands in the bar on top."""
-
-    name: str
-    short: str
-    title: str
-    build: Callable[[Page], Html]
 
 
 def _summary(page: Page) -> Html:
@@ -68,28 +36,28 @@ def _behaviour_of(page: Page, m: int) -> Html:
     data = page.data
     noise = texts.NO_FLOOR if data.noise is None else texts.BAND
     return join([
-        _say(texts.LINES, behaviour=data.behaviours[m]),
+        say(texts.LINES, behaviour=data.behaviours[m]),
         page.figure(f"lines-{m}", figures_behaviour.category_lines(data, m), texts.LINES_CAPTION),
-        _say(texts.ARROWS, noise=noise),
+        say(texts.ARROWS, noise=noise),
         page.figure(f"arrows-{m}", figures_behaviour.change_arrows(data, m), texts.ARROWS_CAPTION),
     ])  # fmt: skip
 
 
 def _policy(page: Page) -> Html:
     if not page.data.ok:
-        return _say(texts.NOTHING)
+        return say(texts.NOTHING)
     trust = page.figure("trust", figures_policy.window_trust(page.data), texts.TRUST_CAPTION)
-    return join([_warning(page.data), page.for_behaviours(_policy_of), _say(texts.TRUST), trust])
+    return join([feature_warning(page.data), page.for_behaviours(_policy_of), say(texts.TRUST), trust])
 
 
 def _policy_of(page: Page, m: int) -> Html:
     noise = texts.NO_FLOOR if page.data.noise is None else texts.DOTTED
     found = figures_policy.pathway_norms(page.data, m)
-    return join([_say(texts.PATHWAYS, noise=noise), page.figure(f"pathways-{m}", found, texts.PATHWAYS_CAPTION)])
+    return join([say(texts.PATHWAYS, noise=noise), page.figure(f"pathways-{m}", found, texts.PATHWAYS_CAPTION)])
 
 
 def _features(page: Page) -> Html:
-    return join([_warning(page.data), page.for_behaviours(_features_of)])
+    return join([feature_warning(page.data), page.for_behaviours(_features_of)])
 
 
 def _features_of(page: Page, m: int) -> Html:
@@ -99,7 +67,7 @@ def _features_of(page: Page, m: int) -> Html:
     if data.noise is not None:
         above = sum(each.any_above for each in shifts)
         noise = texts.FEATURES_ABOVE.format(above=above, features=count(len(shifts), "feature"))
-    said = _say(texts.FEATURES, unit=data.unit, noise=noise)
+    said = say(texts.FEATURES, unit=data.unit, noise=noise)
     return join([said, _feature_chart(page, m, shifts), tables.feature_table(data, shifts)])
 
 
@@ -112,8 +80,8 @@ def _feature_chart(page: Page, m: int, shifts: list[FeatureShift]) -> Html | Non
 
 def _waterfall(page: Page) -> Html:
     if not page.data.ok:
-        return _say(texts.NOTHING)
-    return join([_warning(page.data), page.for_behaviours(_waterfall_of)])
+        return say(texts.NOTHING)
+    return join([feature_warning(page.data), page.for_behaviours(_waterfall_of)])
 
 
 def _waterfall_of(page: Page, m: int) -> Html:
@@ -133,7 +101,7 @@ def _waterfall_of(page: Page, m: int) -> Html:
     )
     place = page.place(f"waterfall-{m}-{chosen}-feature", texts.WATERFALL_CAPTION)
     chooser = element("div", controls, place, class_="chooser", data_prefix=f"waterfall-{m}")
-    return join([_say(texts.WATERFALL), chooser])
+    return join([say(texts.WATERFALL), chooser])
 
 
 def _category_option(data: RunData, category: int, m: int, chosen: int) -> Html:
@@ -143,21 +111,26 @@ def _category_option(data: RunData, category: int, m: int, chosen: int) -> Html:
 
 
 def _gaps(page: Page) -> Html:
-    data = page.data
+    data, pairs = page.data, pair_data(page.data)
+    behind = None if pairs is None else pairs_behind_gaps(data, pairs)
+    if data.audit:
+        return join([say(texts.GAPS), say(texts_pairs.AUDIT_GAPS), tables.gap_table(data, gaps_now(data)), behind])
     now = "At the end" if data.end is not None else f"Now, step {data.steps[-1]}"
     start = element("summary", f"At the start, step {data.steps[0]}")
     return join([
-        _say(texts.GAPS),
+        say(texts.GAPS),
         element("h3", now),
         tables.gap_table(data, gaps_now(data)),
         element("details", start, tables.gap_table(data, data.store.gaps_start), open=True),
+        behind,
     ])  # fmt: skip
 
 
 def _health(page: Page) -> Html:
     found = figures_health.sae_health(page.data)
     verdict = element("p", element("b", sae_sentence(page.data)))
-    return join([verdict, _say(texts.HEALTH), page.figure("health", found, texts.HEALTH_CAPTION)])
+    text = texts_pairs.AUDIT_HEALTH if page.data.audit else texts.HEALTH
+    return join([verdict, say(text), page.figure("health", found, texts.HEALTH_CAPTION)])
 
 
 def _formula(page: Page) -> Html:
@@ -169,7 +142,7 @@ def _formula(page: Page) -> Html:
 
 def _formula_of(page: Page, m: int) -> Html:
     formula, quality = element("pre", _policy_text(page.data, m)), tables.quality_table(page.data, m)
-    return join([_say(texts.FORMULA), formula, _say(texts.QUALITY), quality])
+    return join([say(texts.FORMULA), formula, say(texts.QUALITY), quality])
 
 
 def _policy_text(data: RunData, m: int) -> str:
@@ -194,7 +167,7 @@ def _policy_text(data: RunData, m: int) -> str:
 def _cost(page: Page) -> Html:
     data = page.data
     if not data.windows:
-        return _say(texts.NOTHING)
+        return say(texts.NOTHING)
     seconds = [window.seconds for window in data.windows]
     text = (
         f"Measuring took {fixed(sum(seconds), 1)} s over {count(len(seconds), 'window')}, "
@@ -207,27 +180,36 @@ def _cost(page: Page) -> Html:
 
 
 def _check(page: Page) -> Html:
-    return join([_say(texts.CHECK), element("pre", f"smda verify {shlex.quote(str(page.data.store.path))}")])
+    return join([say(texts.CHECK), element("pre", f"smda verify {shlex.quote(str(page.data.store.path))}")])
 
 
-def _say(text: str, **values: str) -> Html:
-    return element("p", text.format(**values), class_="say")
+def _over_time(data: RunData) -> bool:
+    """Not in an audit, whose windows all start from the same model."""
+    return not data.audit
 
 
-def _warning(data: RunData) -> Html | None:
-    text = warning(data)
-    return None if text is None else element("p", text, class_="warning")
+def _has_ledger(data: RunData) -> bool:
+    return has_pairs(data) and not data.audit
 
 
 SECTIONS = (
     Section("summary", "Summary", "What the run did", _summary),
-    Section("behaviour", "Behaviour", "Behaviour per category", _behaviour),
-    Section("policy", "Policy", "Policy over steps", _policy),
-    Section("features", "Features", "Top features", _features),
-    Section("waterfall", "Waterfall", "Behaviour change by feature", _waterfall),
+    Section("behaviour", "Behaviour", "Behaviour per category", _behaviour, _over_time),
+    Section("policy", "Policy", "Policy over steps", _policy, _over_time),
+    Section("features", "Features", "Top features", _features, _over_time),
+    Section("waterfall", "Waterfall", "Behaviour change by feature", _waterfall, _over_time),
+    Section("pairs", "Pairs", "Training pairs", pairs_section, has_pairs),
+    Section("groups", "Groups", "Groups of pairs", groups_section, has_pairs),
+    Section("interference", "Interference", "Interference", interference_section, has_pairs),
+    Section("ledger", "Ledger", "The ledger of shares", ledger_section, _has_ledger),
     Section("gaps", "Gaps", "Gaps", _gaps),
     Section("health", "SAE health", "SAE health", _health),
     Section("formula", "Formula", "The policy as a formula", _formula),
-    Section("cost", "Cost", "Cost", _cost),
+    Section("cost", "Cost", "Cost", _cost, _over_time),
     Section("check", "Check", "How to check", _check),
 )
+
+
+def sections_of(data: RunData) -> list[Section]:
+    """Those sections that a run has, in reading order."""
+    return [each for each in SECTIONS if each.applies(data)]

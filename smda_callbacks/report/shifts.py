@@ -9,7 +9,7 @@ import numpy as np
 
 from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import PATHWAYS, Array
-from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, coef_of
+from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, coef_of, refuse_audit
 from smda_callbacks.report.markup import token
 
 
@@ -38,7 +38,11 @@ class FeatureShift:
 
 
 def cumulative_shifts(data: RunData) -> dict[str, Array]:
-    """Part of PATHWAYS -> shift since the start, ``[record, feature, behaviour]``; zero at the baseline."""
+    """Part of PATHWAYS -> shift since the start, ``[record, feature, behaviour]``; zero at the baseline.
+
+    Raises ValueError for an audit.
+    """
+    refuse_audit(data)
     zero = np.zeros_like(data.policy.coef)
     return {part: np.cumsum([zero, *(window.shift[part] for window in data.ok)], axis=0) for part in PATHWAYS}
 
@@ -88,8 +92,9 @@ def feature_name(data: RunData, feature: int) -> str:
     if known is None:
         return str(feature)
     text = known.label or " ".join(token(each) for each in known.promoted[:2])
-    return f"{feature} {_shortened(' '.join(text.split()), 26)}".strip()
+    return f"{feature} {shortened(' '.join(text.split()), 26)}".strip()
 
 
-def _shortened(text: str, longest: int) -> str:
+def shortened(text: str, longest: int) -> str:
+    """``text``, cut to ``longest`` characters where it is longer."""
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"

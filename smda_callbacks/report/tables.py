@@ -136,8 +136,9 @@ def alert_list(data: RunData, shown: int = 8) -> Html:
     """Alerts by step; all but the first few folded away."""
     if not data.alerts:
         return element("p", "No alerts.")
+    noun = "measurement" if data.audit else "step"
     items = [
-        element("li", element("b", f"step {alert.step}"), " ", element("code", alert.kind), " ", alert.message)
+        element("li", element("b", noun, " ", alert.step), " ", element("code", alert.kind), " ", alert.message)
         for alert in data.alerts
     ]
     first = element("ul", *items[:shown], class_="alerts")
@@ -149,14 +150,17 @@ def alert_list(data: RunData, shown: int = 8) -> Html:
 
 def unbooked_list(data: RunData) -> Html | None:
     """Windows that were not booked, with their reason; None if there are none."""
+    noun = "measurement" if data.audit else "step"
     items = [
-        element("li", element("b", f"step {window.step}"), " ", element("code", window.status), " ", window.error or "")
+        element(
+            "li", element("b", f"{noun} {window.step}"), " ", element("code", window.status), " ", window.error or ""
+        )
         for window in data.windows
         if window.status != "ok"
     ]
     if not items:
         return None
-    title = f"{count(len(items), 'window')} not booked"
+    title = f"{count(len(items), 'measurement' if data.audit else 'window')} not booked"
     return element("details", element("summary", title), element("ul", *items, class_="alerts"))
 
 

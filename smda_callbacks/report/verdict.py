@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, Array
+from smda_callbacks.report.audit_verdict import audit_verdict
 from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, missed
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import count, fixed, number, percent, signed
@@ -16,7 +17,13 @@ STILL = 0.005
 
 
 def verdict(data: RunData, behaviour: int) -> list[str]:
-    """Sentences on one behaviour, in reading order: groups, worst category, what carried it, noise, SAE."""
+    """Sentences on one behaviour, in reading order: groups, worst category, what carried it, noise, SAE.
+
+    Of an audit, what its pairs did instead.
+    """
+    if data.audit:
+        *said, last = audit_verdict(data, behaviour)
+        return [*said, sae_sentence(data), last] if data.ok else [*said, last]
     if not data.ok:
         return [f"Nothing has been booked yet. {_levels(data, behaviour)}", state(data)]
     return [
@@ -137,13 +144,14 @@ def sae_sentence(data: RunData) -> str:
         if window.health is not None and window.health.delta_fvu_magnitude is not None
     ]
     median = f"delta-FVU at fixed gates has a median of {fixed(float(np.median(values)))}"
-    every = "the one window" if len(checked) == 1 else f"all {len(checked)} windows"
+    noun = _noun(data)
+    every = f"the one {noun}" if len(checked) == 1 else f"all {len(checked)} {noun}s"
     if not bad:
         return f"The SAE account is valid: {median} and stays at or below 1 in {every} checked."
     if len(bad) == len(checked):
         return f"The SAE account is not valid: {median} and is above 1 in {every} checked. Do not read features."
     return (
-        f"The SAE account is valid in part: {median} but is above 1 in {len(bad)} of {len(checked)} windows checked; "
+        f"The SAE account is valid in part: {median} but is above 1 in {len(bad)} of {len(checked)} {noun}s checked; "
         "do not read features there."
     )
 
@@ -169,14 +177,19 @@ def warning(data: RunData) -> str | None:
         return None
     if len(bad) == len(checked):
         return (
-            "Features must not be read: in every window checked, delta-FVU at fixed gates is above 1. The SAE misses "
-            "more than all of the change."
+            f"Features must not be read: in every {_noun(data)} checked, delta-FVU at fixed gates is above 1. The SAE "
+            "misses more than all of the change."
         )
+    sums, ends = ("means over repeats", "They are number") if data.audit else ("sums over the run", "They end at step")
     steps = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
     return (
-        f"In {len(bad)} of {count(len(checked), 'window')} checked, delta-FVU at fixed gates is above 1: the features "
-        f"of these windows must not be read, and sums over the run contain them. They end at step {steps}."
+        f"In {len(bad)} of {count(len(checked), _noun(data))} checked, delta-FVU at fixed gates is above 1: the "
+        f"features of these {_noun(data)}s must not be read, and {sums} contain them. {ends} {steps}."
     )
+
+
+def _noun(data: RunData) -> str:
+    return "measurement" if data.audit else "window"
 
 
 def _levels(data: RunData, behaviour: int) -> str:

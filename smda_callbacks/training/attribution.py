@@ -2,9 +2,9 @@
 
 The order of events of one attributed optimizer step::
 
-    begin_step      * hooks on
+    begin_step      * capture on
     forward, backward of every micro-batch: gradients of examples are captured
-    before_step     * hooks off; copy what the optimizer is about to overwrite
+    before_step     * capture off; copy what the optimizer is about to overwrite
     optimizer step
     after_step      * split the update over the examples
     book            * after the reading: gradients of the functionals, books of the window
@@ -89,6 +89,8 @@ class Attributor:
                 self.engine.open(model)
             else:
                 self.engine.close()
+        if not wanted:
+            self._capture.detach()
         if self._window is not None:
             self._window.seconds = time.perf_counter() - began
 
@@ -113,7 +115,7 @@ class Attributor:
 
     def before_step(self, optimizer: Any) -> None:
         """After the backward passes and clipping, before the optimizer's step."""
-        self._capture.detach()
+        self._capture.stop()
         if self._window is not None and self._fault is None:
             self._before = moments_before(optimizer, self._sites)
 
@@ -144,6 +146,10 @@ class Attributor:
         window.steps.append(StepUpdate(ids, updates))
         window.capture_error = max(window.capture_error, error)
         window.held = max(window.held, captured.bytes)
+
+    def end(self) -> None:
+        """The run is over: take the hooks off."""
+        self._capture.detach()
 
     def skip(self, why: str) -> None:
         """This window cannot be attributed."""

@@ -64,6 +64,8 @@ class MeasuringCallback(TrainerCallback):
         model, tokenizer = kwargs["model"], kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text part of a multimodal processor
         require_lora(model)
+        if self.monitor is not None and self.monitor.attributor is not None:
+            self.monitor.attributor.end()  # a training that broke off: its hooks are still on
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
@@ -228,7 +230,8 @@ def attribution_line(monitor: Monitor) -> str:
     if found.attributor is None:
         return f"training pairs are not attributed: {found.choice.why}"
     notes = "".join(f"; {note}" for note in found.manifest["notes"])
-    what = f"attributing {found.manifest['level']}s of the data set by engine {found.choice.engine}"
+    units = str(found.manifest["level"]).removesuffix("s") + "s"
+    what = f"attributing {units} of the data set by engine {found.choice.engine}"
     return f"{what}: {found.choice.why}{notes}"
 
 

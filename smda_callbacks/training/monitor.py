@@ -198,6 +198,8 @@ class Monitor:
 
     def finish(self, step: int) -> RunEnd:
         """Close the sinks with the gap table of the last good snapshot."""
+        if self.attributor is not None:
+            self.attributor.end()
         end = RunEnd(step, "finished", self.seconds, time.perf_counter() - self.began, self._gaps())
         self._each_sink("close", end)
         return end

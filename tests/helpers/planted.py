@@ -74,10 +74,11 @@ class PlantedBench:
         full = build_instrument(self.model, tokenizer, handle, many_probes(32), target="logit")
         self.policy, self.instrument, _ = distil(full, self.model, tokenizer, DistilOptions(5, 3, cv_folds=0))
         self.sites = lora_sites(self.model)
-        self.parameters = [site.module.weight for site in self.sites]
+        self.parameters: list[Any] = [site.module.weight for site in self.sites]
         self.functionals = self.functionals_for("ghost")
-        fit = {"scale": self.policy.scale, "lam": self.policy.lam}
-        _, slopes = gradient_reading(self.instrument, self.model, self.sites, self.functionals, **fit)
+        _, slopes = gradient_reading(
+            self.instrument, self.model, self.sites, self.functionals, scale=self.policy.scale, lam=self.policy.lam
+        )
         self.slopes: Array = torch.cat(slopes, dim=1).double().numpy()  # [functional, weight]
 
     def functionals_for(self, engine: Engine) -> FunctionalSet:
@@ -97,7 +98,7 @@ class PlantedBench:
         """The state with every weight moved by ``size`` in root mean square along a direction of length 1."""
         step = torch.from_numpy(direction * size * len(direction) ** 0.5).float()
         with weights_restored(self.parameters), torch.no_grad():
-            for parameter, part in zip(self.parameters, step.split(self._sizes), strict=True):
+            for parameter, part in zip(self.parameters, torch.split(step, self.sizes), strict=True):
                 parameter += part.view_as(parameter)
             return self.state()
 
@@ -110,7 +111,8 @@ class PlantedBench:
         basis = basis[sizes > 1e-5]  # a group's mean is one of its categories' means
         total = self.slopes[wanted].sum(axis=0)
         free = total - basis.T @ (basis @ total)
-        return free / np.linalg.norm(free)
+        found: Array = free / np.linalg.norm(free)
+        return found
 
     def plant(self, plan: Sequence[tuple[str, int, Array | None]], part: float, seed: int) -> Planted:
         """Pairs of (kind, intended feature, planted direction or None), shuffled. All gradients have the same size.
@@ -133,7 +135,8 @@ class PlantedBench:
             origin = self.instrument.encode(torch.zeros(1, 1, 32))[0][0, 0]
             rows = self.instrument.encode(torch.eye(32).unsqueeze(0))[0][0] - origin  # the encoder is affine
             wanted = torch.where(torch.arange(len(origin)) == feature, 1.0, -1.0)
-            return torch.linalg.lstsq(rows.T, (wanted - origin).unsqueeze(1)).solution.T
+            stream: torch.Tensor = torch.linalg.lstsq(rows.T, (wanted - origin).unsqueeze(1)).solution.T
+            return stream
 
     def noise(self, engine: Engine, draws: int = 20) -> NoiseFloor:
         state = self.state()
@@ -143,8 +146,27 @@ class PlantedBench:
         )
 
     @property
-    def _sizes(self) -> list[int]:
+    def sizes(self) -> list[int]:
         return [parameter.numel() for parameter in self.parameters]
+
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rows: torch.Tensor,
+        max_norm: float = 0.0,
+        *,
+        before: Callable[[Any], object] = lambda _: None,
+        after: Callable[[Any], object] = lambda _: None,
+    ) -> None:
+        """An optimizer step on the sum of ``rows`` ``[pair, weight]``, clipped to ``max_norm``; 0: not at all."""
+        for parameter, part in zip(self.parameters, torch.split(rows.sum(dim=0), self.sizes), strict=True):
+            parameter.grad = part.clone().view_as(parameter)
+        if max_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        before(optimizer)
+        optimizer.step()
+        after(optimizer)
+        optimizer.zero_grad()
 
     def train(
         self,
@@ -194,7 +216,7 @@ class _Training:
                 booked = self.attributor.book(bench.model, before, after)
                 assert booked is not None
                 moved = book_window(before, after, bench.policy, bench.instrument.probes.groups).fields()
-                books = {"snapshot": after, "pairs": booked[0], "pairs_seen": booked[1]}
+                books: dict[str, Any] = {"snapshot": after, "pairs": booked[0], "pairs_seen": booked[1]}
                 windows.append(WindowRecord(step, step - every + 1, (), "ok", 0.0, **books, **moved))
                 self.attributor.open(bench.model)
                 before = after
@@ -204,15 +226,9 @@ class _Training:
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         self.attributor.begin_step()
-        total = self.planted.gradients[list(self.batch)].sum(dim=0)
-        for parameter, part in zip(self.bench.parameters, total.split(self.bench._sizes), strict=True):
-            parameter.grad = part.clone().view_as(parameter)
-        if self.max_norm:
-            torch.nn.utils.clip_grad_norm_(self.bench.parameters, self.max_norm)
-        self.attributor.before_step(optimizer)
-        optimizer.step()
-        self.attributor.after_step(optimizer)
-        optimizer.zero_grad()
+        rows = self.planted.gradients[list(self.batch)]
+        ask = self.attributor
+        self.bench.step(optimizer, rows, self.max_norm, before=ask.before_step, after=ask.after_step)
 
     def _snapshot(self, step: int, reading: Any) -> Snapshot:
         return Snapshot(step, *arrays(reading), self.bench.instrument.scores(reading))
@@ -220,10 +236,12 @@ class _Training:
     # What the attributor asks of its hooks
     def attach(self) -> None: ...
 
+    def stop(self) -> None: ...
+
     def detach(self) -> None: ...
 
     def take(self) -> Captured:
-        rows = self.planted.gradients[list(self.batch)].split(self.bench._sizes, dim=1)
+        rows = torch.split(self.planted.gradients[list(self.batch)], self.bench.sizes, dim=1)
         tokens = np.zeros(1, dtype=np.int64)
         examples = tuple(Example(0, 0, 1, tokens, pair.to_bytes(4, "big"), 0) for pair in self.batch)
         return Captured(examples, rows, tuple(self.prompts[self.planted.intended[pair]] for pair in self.batch))

@@ -29,6 +29,9 @@ from tests.helpers.runs import Run, make_run, write_run
 
 EVIL = "</script><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)>\"'&{behaviour}%{x}"
 
+#: Sections of a run that was not attributed.
+WITHOUT_PAIRS = [each.name for each in SECTIONS if each.name not in ("pairs", "groups", "interference", "ledger")]
+
 
 class Parsed(HTMLParser):
     """Elements, texts and script bodies of a page."""
@@ -83,9 +86,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Parsed:
 
 
 def test_sections_in_reading_order(page: Parsed) -> None:
-    assert [attributes["id"] for attributes in page.all("section")] == [section.name for section in SECTIONS]
+    assert [attributes["id"] for attributes in page.all("section")] == WITHOUT_PAIRS
     anchors = [attributes["href"] for attributes in page.all("a") if (attributes["href"] or "").startswith("#")]
-    assert anchors == [f"#{section.name}" for section in SECTIONS]
+    assert anchors == [f"#{name}" for name in WITHOUT_PAIRS]
 
 
 def test_nothing_is_loaded(page: Parsed) -> None:
@@ -139,7 +142,8 @@ def test_every_axis_has_a_title(page: Parsed) -> None:
     for key, figure in page.figures["figures"].items():
         axes = {name: axis for name, axis in figure["layout"].items() if re.fullmatch(r"[xy]axis\d*", name)}
         for name, axis in axes.items():
-            shares = key == "health" and name in ("xaxis", "xaxis2")  # the plots below say it
+            above = {"health": ("xaxis", "xaxis2"), "ledger": ("xaxis",)}
+            shares = name in above.get(key.partition("-")[0], ())  # the plots below say it
             assert axis["title"].get("text") or axis.get("type") == "category" or shares, (key, name)
 
 
@@ -214,7 +218,7 @@ def without_health(run: Run) -> Run:
 def test_any_moment_of_a_run(tmp_path: Path, run: Run, close: bool, said: str) -> None:
     page = page_of(tmp_path, run, close=close)
     assert said in page.text
-    assert len(page.all("section")) == len(SECTIONS)
+    assert len(page.all("section")) == len(WITHOUT_PAIRS)
     test_nothing_is_loaded(page)
 
 
