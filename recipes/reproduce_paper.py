@@ -28,19 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smda_callbacks import RunStore, load_config
 from smda_callbacks.config.audit import AuditJob, carry_out, prepare_audit
 from smda_callbacks.config.build import BUILTIN, builtin_path
-from smda_callbacks.maths.interference import interference
+from smda_callbacks.maths.interference import against_swaps
 from smda_callbacks.report.data import TIMES, RunData
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.gap_pairs import NAMED, closers
 from smda_callbacks.report.group_shifts import LEVEL, group_shifts
 from smda_callbacks.report.group_test import FEWEST, MOST
-from smda_callbacks.report.markup import Html, count, element, fixed, number, percent
+from smda_callbacks.report.markup import Html, count, element, fixed, number, percent, table
 from smda_callbacks.report.page import render
 from smda_callbacks.report.pairs_data import PairData, need_pairs, pair_name
 from smda_callbacks.report.sections_groups import Interfering, interfering, matrix_of
@@ -49,9 +48,6 @@ from smda_callbacks.report.verdict import sae_sentence
 
 #: Share of normally distributed noise that lies beyond the limit for its own root mean square.
 BY_CHANCE = erfc(TIMES / sqrt(2))
-
-#: Random exchanges of intentions between pairs.
-SWAPS = 999
 
 
 def arguments() -> argparse.Namespace:
@@ -133,9 +129,9 @@ def base_policy(data: RunData) -> Finding:
     policy, quality = data.policy, data.policy.quality[0]
     numbers = {"r2_loo": quality.r2_loo, "r2": quality.r2, "r2_cv": quality.r2_cv, "edf": policy.edf}
     verdict = (
-        f"R² is {fixed(quality.r2_loo)} leave-one-out ({fixed(quality.r2)} in sample, {fixed(quality.r2_cv)} with all "
-        f"choices made in each fold), of {len(policy.features)} features with {number(policy.edf)} effective degrees of "
-        f"freedom, on {len(data.probes)} probes. {sae_sentence(data)}"
+        f"R² is {fixed(quality.r2_loo)} leave-one-out, {fixed(quality.r2)} in sample and {fixed(quality.r2_cv)} with "
+        f"every choice made in each fold: {len(policy.features)} features, {number(policy.edf)} effective degrees of "
+        f"freedom, {len(data.probes)} probes. {sae_sentence(data)}"
     )
     if quality.r2_loo < 0.5:
         verdict += " The policy misses most of how probes differ: what follows on features stands on little."
@@ -149,15 +145,15 @@ def gaps(data: RunData, pairs: PairData) -> Finding:
     weak, known = [row for row in rows if row["is_gap"]], int(pairs.table.known.sum())
     chance = BY_CHANCE * known
     listed = [
-        f"{row['category']} ({row['reason']}): {mostly(row, 'closing')} close it, {mostly(row, 'widening')} widen it"
+        f"{row['category']} ({row['reason']}), {mostly(row, 'closing')} close it, {mostly(row, 'widening')} widen it"
         + ("" if row["closing"] + row["widening"] > chance else ", no more than chance")
         for row in weak
     ]
     verdict = f"{len(weak)} of {count(len(rows), 'category', 'categories')} are gaps."
     if weak:
         verdict += (
-            f" Effects are counted beyond {TIMES:g} times their noise floor, where of {known} random updates some "
-            f"{chance:.0f} would be. {'; '.join(listed)}."
+            f" Pairs of {known} beyond {TIMES:g} times their noise floor, where normally distributed noise would have "
+            f"some {chance:.0f}: {'; '.join(listed)}."
         )
     numbers = {"categories": len(rows), "gaps": len(weak), "pairs": known, "beyond_by_chance": chance}
     return Finding("gaps", "Finding 1: gaps", "gaps", verdict, numbers, rows)
@@ -177,8 +173,9 @@ def gap_row(data: RunData, pairs: PairData, gap: Mapping[str, Any]) -> dict[str,
 
 
 def mostly(row: Mapping[str, Any], side: str) -> str:
-    """How many pairs, and the kind of the most."""
-    return f"{row[side]} (mostly {next(iter(row[f'{side}_kinds']))})" if row[side] else "none"
+    """How many pairs, and how many of them of the most frequent kind."""
+    kind, most = next(iter(row[f"{side}_kinds"].items()), ("", 0))
+    return f"{row[side]} ({most} of them {kind})" if most else "none"
 
 
 def named(pairs: PairData, row: int) -> dict[str, Any]:
@@ -225,27 +222,20 @@ def interferences(pairs: PairData, found: Interfering | None) -> Finding:
     matrix = [[float(x) if isfinite(x) else None for x in row] for row in matrix_of(found)[0]]
     numbers = {"judged": len(judged), "above_noise": len(loud), "flagged": int(flagged.sum()), "matrix": matrix}
     verdict = f"{len(loud)} of {len(judged)} pairs have a largest effect above noise, {flagged.sum()} are flagged."
-    if len(loud) < FEWEST:
+    chance = against_swaps(found.shift[loud], found.intended[loud])
+    if chance is None:
         verdict += " Interference is below the noise floor and cannot be judged."
     else:
-        usual, swapped, p = against_swaps(found, loud)
-        numbers |= {"median": usual, "median_swapped": swapped, "p_swapped": p}
-        outcome = "less than chance" if p < LEVEL else "not significant, so intention does not tell where effects go"
+        numbers |= {"median": chance.median, "median_swapped": chance.swapped, "p_swapped": chance.p}
+        outcome = "less than chance" if chance.p < LEVEL else "not significant: nothing shows that intention matters"
         verdict += (
-            f" Of the former, {percent(usual)} of the effect is on unintended features in the median, and "
-            f"{percent(swapped)} if they swap intentions (1 permutation test, p = {number(p, 2)}): {outcome}."
+            f" Of the former, {percent(chance.median)} of the effect is on unintended features in the median, and "
+            f"{percent(chance.swapped)} if they swap intentions (1 permutation test, p = {number(chance.p, 2)}): "
+            f"{outcome}."
         )
     order = sorted(judged.tolist(), key=lambda row: (not flagged[row], not found.above[row], -part[row]))
     rows = [interference_row(pairs, found, row) for row in order]
     return Finding(*names, "interference", verdict, numbers, rows)
-
-
-def against_swaps(found: Interfering, rows: NDArray[np.int64]) -> tuple[float, float, float]:
-    """Median interference of ``rows``, the same with intentions of other pairs, and p of being so low by chance."""
-    rng, shift, intended = np.random.default_rng(0), found.shift[rows], found.intended[rows]
-    usual = float(np.median(interference(shift, intended).share))
-    swaps = np.array([np.median(interference(shift, rng.permutation(intended)).share) for _ in range(SWAPS)])
-    return usual, float(np.median(swaps)), float((1 + np.sum(swaps <= usual)) / (1 + SWAPS))
 
 
 def interference_row(pairs: PairData, found: Interfering, row: int) -> dict[str, Any]:
@@ -291,10 +281,13 @@ def write(folder: Path, data: RunData, found: Sequence[Finding]) -> None:
 
 def as_html(scope: str, found: Sequence[Finding]) -> Html:
     """The findings as the first section of the page."""
-    parts = [element("h2", "What the paper asks, of this model"), element("p", scope, class_="say")]
-    for each in found:
-        parts += [element("h3", element("a", each.title, href=f"#{each.section}")), element("p", each.verdict)]
-    return element("section", *parts, id="paper")
+    rows = [
+        element("tr", element("th", element("a", each.title, href=f"#{each.section}")), element("td", each.verdict))
+        for each in found
+    ]
+    heading = element("h2", "What the paper asks, of this model")
+    content = table(["finding", "what came of it"], rows)
+    return element("section", heading, element("p", scope, class_="say"), content, id="paper")
 
 
 if __name__ == "__main__":

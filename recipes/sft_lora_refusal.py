@@ -42,6 +42,7 @@ def as_chat(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row["prompt"], str):
         return {"prompt": row["prompt"], "completion": row["completion"]}
     return {
+        **row,
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
     }

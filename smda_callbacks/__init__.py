@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "SMDACallback": "smda_callbacks.config.callback",
+    "register": "smda_callbacks.launch.inject",
     "load_config": "smda_callbacks.config.load",
     "RunStore": "smda_callbacks.sinks.store_reader",
     "write_report": "smda_callbacks.report.page",
     "scorer": "smda_callbacks.observe.behaviour",
 }
 
-__all__ = ["RunStore", "SMDACallback", "__version__", "load_config", "scorer", "write_report"]
+__all__ = ["RunStore", "SMDACallback", "__version__", "load_config", "register", "scorer", "write_report"]
 
 
 def __getattr__(name: str) -> Any:

@@ -202,7 +202,7 @@ class PairBook:
     (with minus without), its part in AdamW's second moment and in clipping included. Both in the functional's units.
 
     ``later_*``: what gradients of earlier windows went on doing through the optimizer's momentum, booked to the pairs
-    that caused it; effects there are linearised in the pair.
+    that caused it; effects there take the gradients since then as they were.
     """
 
     engine: Literal["ghost", "exact"]
@@ -212,6 +212,7 @@ class PairBook:
     later_ids: NDArray[np.int64]  # [later]
     later_share: Array  # [later, functional]
     later_effect: Array  # [later, functional]
+    later_size: Array  # [later] as size
     lines: Mapping[str, Array]  # each of LINES, and measured -> [functional]
     size: Array  # [pair] root mean square of the pair's leave-one-out update per trained weight
     intended: NDArray[np.int64]  # [pair, k] positions in the policy's features, strongest first; -1 where fewer

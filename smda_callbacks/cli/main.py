@@ -15,12 +15,14 @@ from typing import Any, NoReturn
 
 from smda_callbacks import __version__
 from smda_callbacks.cli import audit, check, config_cmd, distill, pairs, quickstart, report, verify
+from smda_callbacks.cli import run as run_cmd
 
 #: Every command: its module has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(args) -> exit code``.
 COMMANDS: dict[str, Any] = {
     "quickstart": quickstart,
     "check": check,
     "distill": distill,
+    "run": run_cmd,
     "audit": audit,
     "report": report,
     "pairs": pairs,
@@ -32,6 +34,7 @@ _EPILOG = """\
 start here:
   smda quickstart                       a real LoRA run on a tiny model, watched; a minute, no download
   smda check --config refusal.yaml      before a run: do model, SAE, probes and openings fit together?
+  smda run --config C -- script.py ...  a run: an unedited training script, with the callback in it
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?
   smda pairs RUN --by refusal:harmful   after a run: which training pairs did it?
 

@@ -75,6 +75,7 @@ def as_chat(row: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(row.get("prompt"), str):
         return row
     return {
+        **row,
         "prompt": [{"role": "user", "content": row["prompt"]}],
         "completion": [{"role": "assistant", "content": row["completion"]}],
     }

@@ -26,6 +26,8 @@ from smda_callbacks.observe.probes import (
 from smda_callbacks.observe.sae import SAEHandle, load_sae
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
+from smda_callbacks.sinks.files import LOGGED
+from smda_callbacks.sinks.past import Past
 from smda_callbacks.training.alerts import AlertLimits
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
@@ -52,11 +54,13 @@ def build_plan(config: SMDAConfig) -> Plan:
         policy=load_policy(policy.path) if policy.path else None,
         every=measure.every,
         health_every=measure.health_every,
+        overhead_budget=measure.overhead_budget,
         noise_draws=measure.noise_draws,
         limits=AlertLimits(**config.alerts.model_dump()),
         attribution=AttributionOptions(**config.attribution.model_dump()),
         on_error=measure.on_error,
         make_sinks=lambda args: build_sinks(config, args),
+        reopen_sinks=lambda args, past: build_sinks(config, args, past),
         config=config.model_dump(mode="json"),
         seed=config.seed,
     )
@@ -105,24 +109,30 @@ def build_sae(config: SAEConfig) -> SAEHandle:
     )
 
 
-def build_sinks(config: SMDAConfig, args: Any) -> Sequence[Sink]:
+def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None) -> Sequence[Sink]:
     """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments.
+
+    With ``past``, those that go on with an earlier run, in its own folder whatever ``store.dir`` says.
 
     Raises:
         StoreError: the folder cannot be written, or holds something already.
     """
     from smda_callbacks.sinks.store import StoreSink, check_writable
 
-    folder = Path(config.store.dir) if config.store.dir else free_folder(Path(args.output_dir) / "smda")
-    check_writable(folder)
-    sinks: list[Sink] = [StoreSink(folder)]
+    folder = past.store.path if past is not None else _new_folder(config, args)
+    check_writable(folder, resume=past is not None)
+    sinks: list[Sink] = [StoreSink(folder, resume=past is not None)]
     if _wants_wandb(config, args):
         from smda_callbacks.sinks.wandb_sink import WandbSink
 
         options = config.wandb.model_dump(exclude={"enabled", "artifacts"})
         artifacts = folder if config.wandb.artifacts else None
-        sinks.append(WandbSink(**options, store_path=artifacts, logged_path=folder / "logged.jsonl"))
+        sinks.append(WandbSink(**options, store_path=artifacts, logged_path=folder / LOGGED, past=past))
     return sinks
+
+
+def _new_folder(config: SMDAConfig, args: Any) -> Path:
+    return Path(config.store.dir) if config.store.dir else free_folder(Path(args.output_dir) / "smda")
 
 
 def free_folder(path: Path) -> Path:

@@ -127,6 +127,7 @@ class MeasureConfig(Section):
     every: int = Field(1, ge=1)
     health_every: int = Field(1, ge=1)
     batch_size: int = Field(64, ge=1)
+    overhead_budget: float | None = Field(None, gt=0, lt=1)
     noise_draws: int = Field(8, ge=0)
     on_error: Literal["warn", "raise"] = "warn"
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from smda_callbacks.maths.uncertainty import above_floor
+from smda_callbacks.maths.uncertainty import above_floor, times_for
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -34,8 +34,9 @@ def interference(
     ``shift`` ``[pair, feature]``: shift of each coefficient by the pair, in any one unit. ``intended`` ``[pair, k]``:
     positions of the features that it intends, -1 where fewer than k are known. ``floor`` ``[pair, feature]``: noise
     floor of the shifts, inf where it is not known; None for no noise. A pair is flagged when its largest shift is
-    unintended and beyond ``times`` the floor; never when what it intends is not known. Of shifts of exactly equal size
-    an intended one counts as the largest.
+    unintended and above the floor: beyond ``times`` of it for one feature, and more for several, of which the largest
+    was picked (:func:`~smda_callbacks.maths.uncertainty.times_for`); never when what it intends is not known. Of shifts
+    of exactly equal size an intended one counts as the largest.
 
     Raises ValueError for shapes that do not match, shifts that are not finite, unknown positions, a negative or NaN
     floor, or ``times`` that is not positive. TypeError for positions that are not whole numbers.
@@ -44,7 +45,7 @@ def interference(
     noise = np.zeros_like(values) if floor is None else np.asarray(floor, dtype=np.float64)
     if np.isnan(noise).any():
         raise ValueError("floor holds NaN; it needs numbers of at least 0. Pass inf where the floor is not known.")
-    above = above_floor(values, noise, times)
+    above = above_floor(values, noise, times_for(max(values.shape[1], 1), times))
     known = mask.any(axis=1)
     sizes = np.abs(values)
     # Both sums run in the same order, so that rounding takes the share neither above 1 nor off 0 and 1 themselves.
@@ -55,6 +56,38 @@ def interference(
     rows = np.flatnonzero(known & (largest >= 0))
     flagged[rows] = (above & ~mask)[rows, largest[rows]]
     return Interference(share, largest, flagged)
+
+
+@dataclass(frozen=True)
+class AgainstSwaps:
+    """Median interference of some pairs, the same if they swap what they intend, and a one-sided p of being so low."""
+
+    median: float
+    swapped: float
+    p: float
+
+
+def against_swaps(
+    shift: ArrayLike, intended: ArrayLike, *, swaps: int = 999, fewest: int = 5, seed: int = 0
+) -> AgainstSwaps | None:
+    """Whether pairs move what they intend more than chance would: a permutation test over the pairs' intentions.
+
+    With k intended of d features, 1 - k/d of the shift is unintended for pairs that know nothing of features; the swaps
+    say what it is for these. Arguments as in :func:`interference`. None for fewer than ``fewest`` pairs.
+    """
+    values, positions = np.asarray(shift, dtype=np.float64), np.asarray(intended)
+    if len(values) < fewest:
+        return None
+    rng = np.random.default_rng(seed)
+    usual = _median_share(values, positions)
+    drawn = np.array([_median_share(values, rng.permutation(positions)) for _ in range(swaps)])
+    return AgainstSwaps(usual, float(np.median(drawn)), float((1 + np.sum(drawn <= usual)) / (1 + swaps)))
+
+
+def _median_share(shift: Array, intended: Index) -> float:
+    share = interference(shift, intended).share
+    known = share[~np.isnan(share)]
+    return float(np.median(known)) if len(known) else float("nan")
 
 
 def interference_matrix(shift: ArrayLike, intended: ArrayLike) -> Array:

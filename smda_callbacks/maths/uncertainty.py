@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,6 +77,20 @@ def above_floor(shift: ArrayLike, floor: ArrayLike, times: float = 2.0) -> NDArr
         raise ValueError(f"times is {times!r}; a number above 0 is needed. The default is 2.")
     above: NDArray[np.bool_] = np.abs(values) > times * limit
     return above
+
+
+def times_for(tests: int, times: float = 2.0) -> float:
+    """Limit, in floors, that the largest of ``tests`` noises exceeds no more often than a single one exceeds ``times``.
+
+    Bonferroni: the two-sided tail beyond ``times``, divided by ``tests``. Raises ValueError for no tests, or ``times``
+    that is not positive.
+    """
+    if not times > 0:
+        raise ValueError(f"times is {times!r}; a number above 0 is needed. The default is 2.")
+    if tests < 1:
+        raise ValueError(f"tests is {tests!r}; at least one is needed. Pass of how many the largest is picked.")
+    normal = NormalDist()
+    return times if tests == 1 else -normal.inv_cdf(normal.cdf(-times) / tests)
 
 
 def halves(groups: ArrayLike, seed: int) -> tuple[Index, Index]:

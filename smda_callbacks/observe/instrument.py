@@ -27,8 +27,9 @@ from smda_callbacks.observe.behaviour import Scorer, openings_of, prefix_probabi
 from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
 from smda_callbacks.observe.prefixes import PrefixError, build_tree, check_prefix_free
 from smda_callbacks.observe.probes import ProbeSet
-from smda_callbacks.observe.reading import Reading, Visitor, read
+from smda_callbacks.observe.reading import Part, Reading, Visitor, assemble, read, read_parts
 from smda_callbacks.observe.sae import SAEHandle, check_fit
+from smda_callbacks.observe.sharding import Command, Move, Team
 from smda_callbacks.records import Array, Snapshot
 
 Target = Literal["probability", "logit"]
@@ -37,7 +38,10 @@ TARGETS: tuple[Target, ...] = ("probability", "logit")
 
 @dataclass(frozen=True)
 class Instrument:
-    """Reads one model: fixed probes, batches, SAE, scorers, read-out and encoded features."""
+    """Reads one model: fixed probes, batches, SAE, scorers, read-out and encoded features.
+
+    ``team``: the processes that share its readings, None for one alone; ``command``: what it tells them to read.
+    """
 
     handle: SAEHandle
     probes: ProbeSet
@@ -46,6 +50,8 @@ class Instrument:
     target: Target
     readout: Readout
     encode: Encoder
+    team: Team | None = None
+    command: Command = Command("read")
 
     @property
     def behaviours(self) -> tuple[str, ...]:
@@ -53,8 +59,18 @@ class Instrument:
         return tuple(each.name for each in self.scorers)
 
     def read(self, model: nn.Module, visit: Visitor | None = None) -> Reading:
-        """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`."""
+        """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`.
+
+        With a team, every process reads its share of the batches, unless they are to be visited here.
+        """
+        if self.team is not None and visit is None:
+            return assemble(self.team.read(self.command, lambda: self.read_share(model)), self.batches)
         return read(model, self.batches, self.handle.site, self.encode, readout=self.readout, visit=visit)
+
+    def read_share(self, model: nn.Module) -> list[Part]:
+        """This process's part of a reading."""
+        wanted = self.batches.batches if self.team is None else self.team.share(self.batches.batches)
+        return read_parts(model, self.batches, wanted, self.handle.site, self.encode, readout=self.readout)
 
     def snapshot(self, step: int, reading: Reading) -> Snapshot:
         """(X, Y) of a reading as float64 numpy arrays."""
@@ -66,7 +82,16 @@ class Instrument:
 
     def of_features(self, features: np.ndarray) -> Instrument:
         """The same instrument, reading only these SAE features from now on."""
-        return replace(self, encode=encoder(self.handle, torch.from_numpy(features)))
+        command = replace(self.command, features=tuple(features.tolist()))
+        return replace(self, encode=encoder(self.handle, torch.from_numpy(features)), command=command)
+
+    def with_team(self, team: Team | None) -> Instrument:
+        """The same instrument, sharing its readings with other processes."""
+        return replace(self, team=team)
+
+    def moved(self, move: Move) -> Instrument:
+        """The same instrument for weights that a random update has moved: other processes move theirs alike."""
+        return replace(self, command=replace(self.command, move=move))
 
 
 def arrays(reading: Reading) -> tuple[Array, Array]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from smda_callbacks.maths.uncertainty import rms_floor
 from smda_callbacks.observe.guard import weights_restored
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.reading import Reading
+from smda_callbacks.observe.sharding import Move
 from smda_callbacks.records import Array, NoiseFloor, PolicyRecord, Snapshot
 
 #: Size of the second perturbation, relative to the first: small enough that only rounding is left.
@@ -38,14 +39,39 @@ def random_readings(
     """
     if size <= 0 or draws <= 0:
         raise ValueError(f"size and draws must be positive, got size={size} and draws={draws}.")
-    parameters = trained_parameters(model)
-    generator = torch.Generator().manual_seed(seed)  # its own: the global random state belongs to training
-    for _ in range(draws):
-        with weights_restored(parameters), torch.no_grad():
-            for parameter in parameters:
-                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2 - 1
-                parameter.add_(signs.to(parameter.device, parameter.dtype), alpha=size)
+    moves = RandomMoves(trained_parameters(model))
+    for draw in range(draws):
+        with moves.applied(Move(size, seed, draw)):
             yield take()
+
+
+class RandomMoves:
+    """Random updates of ``parameters``, the same ones wherever they are drawn: on every process, in one order."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._generator = torch.Generator()  # its own: the global random state belongs to training
+        self._next = (0, -1)  # seed, and the draw that comes next
+
+    @contextlib.contextmanager
+    def applied(self, move: Move) -> Iterator[None]:
+        """Context in which the weights are moved by ``move``; they come back bit for bit."""
+        seed, done = self._next
+        self._next = (move.seed, -1)  # until it is drawn to its end
+        if seed != move.seed or not 0 <= done <= move.draw:
+            self._generator.manual_seed(move.seed)
+            done = 0
+        for _ in range(done, move.draw):
+            for parameter in self._parameters:
+                self._signs(parameter)
+        with weights_restored(self._parameters), torch.no_grad():
+            for parameter in self._parameters:
+                parameter.add_(self._signs(parameter).to(parameter.device, parameter.dtype), alpha=move.size)
+            self._next = (move.seed, move.draw + 1)
+            yield
+
+    def _signs(self, parameter: nn.Parameter) -> torch.Tensor:
+        return torch.randint(0, 2, parameter.shape, generator=self._generator) * 2 - 1
 
 
 class UpdateMeter:
@@ -54,6 +80,15 @@ class UpdateMeter:
     def __init__(self, model: nn.Module) -> None:
         self._parameters = trained_parameters(model)
         self.reset()
+
+    @property
+    def before(self) -> list[torch.Tensor]:
+        """The trained weights at the last reset, in the order of their names."""
+        return self._before
+
+    def start_from(self, before: Sequence[torch.Tensor]) -> None:
+        """Go on with a window that began at the weights ``before``."""
+        self._before = [each.to(parameter) for each, parameter in zip(before, self._parameters, strict=True)]
 
     def reset(self) -> None:
         """Start a new window here."""
@@ -95,8 +130,10 @@ def measure_noise(
 
     def floors(scale: float, seed: int) -> tuple[dict[str, Array], Array, Array | None]:
         shifts, changes, others = [], [], []
-        take = partial(instrument.read, model)
-        for reading in random_readings(model, take, size=size * scale, draws=draws, seed=seed):
+        moves = (Move(size * scale, seed, draw) for draw in range(draws))
+        for reading in random_readings(
+            model, lambda: instrument.moved(next(moves)).read(model), size=size * scale, draws=draws, seed=seed
+        ):
             after = State(*arrays(reading), instrument.scores(reading))
             shifts.append(split_shift(before, after, scale=policy.scale, lam=policy.lam).as_dict())
             changes.append(average @ (after.y - before.y))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,21 @@ class Reading:
     log_probs: Array  # [probe, opening], float64, natural log
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one batch showed; ``index`` are its probe numbers."""
+
+    index: Tensor  # [row]
+    hidden: Tensor  # [row, d_in] float32
+    pre: Tensor  # [row, feature]
+    gate: Tensor  # [row, feature]
+    edges: Tensor  # [row, edge] log P of the tree's edges
+
+    def to(self, device: torch.device) -> Part:
+        """The same on another device, in memory of its own."""
+        return Part(**{name: tensor.to(device, copy=True) for name, tensor in vars(self).items()})
+
+
 #: Sees a batch while it is being read, with a graph behind it: the batch, its features' pre-activations and gates
 #: ``[row, feature]``, and log P of the tree's edges ``[row, edge]``.
 Visitor = Callable[[ProbeBatch, Tensor, Tensor, Tensor], None]
@@ -59,19 +74,50 @@ def read(
     Raises:
         NotFiniteError: NaN or inf in activations or log-probabilities; says how many probes.
     """
+    return assemble(read_parts(model, batches, batches.batches, site, encode, readout=readout, visit=visit), batches)
+
+
+def read_parts(
+    model: nn.Module,
+    batches: ProbeBatches,
+    wanted: Sequence[ProbeBatch],
+    site: HookSite,
+    encode: Encoder,
+    *,
+    readout: Readout = "last",
+    visit: Visitor | None = None,
+) -> list[Part]:
+    """Read the batches ``wanted`` of ``batches``; the rest as :func:`read`, which puts the parts together."""
     one_pass = tree_pass if tree_in_one_pass(model) else _cached_pass
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[Part] = []
     with measuring(model, gradients=visit is not None):
         device = next(model.parameters()).device
-        for batch in batches.batches:
+        for batch in wanted:
             batch = batch.to(device)
             stream, edges = one_pass(model, batch, batches, site)
             pre, gate = _features(stream, batch, encode, readout)
             if visit is not None:
                 visit(batch, pre, gate, edges)
-            parts.append((stream[:, -1].detach().float(), pre.detach(), gate.detach(), edges.detach()))
-    order = torch.argsort(torch.cat([batch.index for batch in batches.batches])).to(device)
-    hidden, pre, gate, edges = (torch.cat(column)[order] for column in zip(*parts, strict=True))
+            last = stream[:, -1].detach().float().clone()  # a view would keep the whole stream
+            parts.append(Part(batch.index, last, pre.detach(), gate.detach(), edges.detach()))
+    return parts
+
+
+def assemble(parts: Sequence[Part], batches: ProbeBatches) -> Reading:
+    """The reading that ``parts`` are, in the order of the probes.
+
+    Raises:
+        NotFiniteError: NaN or inf in activations or log-probabilities; says how many probes.
+        RuntimeError: not every probe is in one part; processes that share a reading disagree on the batches.
+    """
+    numbers, order = torch.cat([part.index for part in parts]).sort()
+    if numbers.tolist() != list(range(batches.n_probes)):
+        raise RuntimeError(
+            f"a reading holds {len(numbers)} rows, which are not the {batches.n_probes} probes once each. Next step: "
+            "give every process the same configuration."
+        )
+    columns = ([getattr(part, name) for part in parts] for name in ("hidden", "pre", "gate", "edges"))
+    hidden, pre, gate, edges = (torch.cat(column)[order] for column in columns)
     log_probs = opening_log_probs(edges.double().cpu().numpy(), batches)
     _check_finite(hidden, log_probs)
     return Reading(hidden, pre, gate, log_probs)

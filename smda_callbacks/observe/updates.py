@@ -77,17 +77,6 @@ class SiteUpdate:
 
 
 @dataclass(frozen=True)
-class Later:
-    """How a gradient g that is ``age`` steps old acts in a step: ``decay1**age * slope * g`` through the momentum and,
-    through the second moment, ``decay2**age * squared * g²``."""
-
-    slope: Tensor
-    squared: Tensor
-    decay1: float
-    decay2: float
-
-
-@dataclass(frozen=True)
 class Rule:
     """Arithmetic of one optimizer step on one weight; ``update`` leaves weight decay out, which is its own part."""
 
@@ -106,8 +95,15 @@ class Rule:
         """What the state before the step adds to the update."""
         raise NotImplementedError
 
-    def later(self, before: Moments, gradient: Tensor) -> Later:
-        """How gradients of earlier steps act in this one."""
+    def faded(self, age: int) -> float:
+        """What is left of the first push of a gradient that is ``age`` steps old."""
+        raise NotImplementedError
+
+    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
+        """This update minus the same without what each example added to the gradient of a step ``age`` steps ago.
+
+        ``[example of the past step, out * in]``. What the gradients since then would have been is left as it is.
+        """
         raise NotImplementedError
 
     def decay(self, before: Moments) -> Tensor:
@@ -126,35 +122,42 @@ class AdamWRule(Rule):
 
     def update(self, before: Moments, gradient: Tensor) -> Tensor:
         mean = (1 - self.beta1) * gradient if before.first is None else self._mean(before.first, gradient)
-        return -self.lr * mean / (1 - self.beta1**self.step) / self._denominator(before, gradient)
+        return self._move(mean, self._second(before, gradient))
 
     def slope(self, before: Moments, gradient: Tensor) -> Tensor:
-        return -self.lr * (1 - self.beta1) / (1 - self.beta1**self.step) / self._denominator(before, gradient)
+        scale = -self.lr * (1 - self.beta1) / (1 - self.beta1**self.step)
+        return scale / self._denominator(self._second(before, gradient))
 
     def momentum(self, before: Moments, gradient: Tensor) -> Tensor:
         if before.first is None:
             return torch.zeros_like(gradient)
         scale = -self.lr * self.beta1 / (1 - self.beta1**self.step)
-        return scale * before.first / self._denominator(before, gradient)
+        return scale * before.first / self._denominator(self._second(before, gradient))
 
-    def later(self, before: Moments, gradient: Tensor) -> Later:
-        root = self._root(before, gradient)
-        # d update / d v times d v / d (gradient squared); where v is zero, so was every gradient.
-        squared = -self.update(before, gradient) * (1 - self.beta2) / (1 - self.beta2**self.step)
-        squared = torch.where(root > 0, squared / (2 * root * (root + self.eps)), 0.0)
-        return Later(self.slope(before, gradient), squared, self.beta1, self.beta2)
+    def faded(self, age: int) -> float:
+        return self.beta1**age
+
+    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
+        gone = past.missing()
+        mean = (1 - self.beta1) * gradient if before.first is None else self._mean(before.first, gradient)
+        second = self._second(before, gradient)
+        # A gradient g that loses d takes g² - (g - d)² = d (2g - d) out of the second moment.
+        less_second = second - self.beta2**age * (1 - self.beta2) * gone * (2 * past.gradient - gone)
+        less_mean = mean - self.beta1**age * (1 - self.beta1) * gone
+        return self._move(mean, second) - self._move(less_mean, less_second.clamp(min=0))
 
     def _mean(self, first: Tensor, gradient: Tensor) -> Tensor:
         return self.beta1 * first + (1 - self.beta1) * gradient
 
-    def _root(self, before: Moments, gradient: Tensor) -> Tensor:
+    def _second(self, before: Moments, gradient: Tensor) -> Tensor:
         second = (1 - self.beta2) * gradient.square()
-        if before.second is not None:
-            second = second + self.beta2 * before.second
-        return (second / (1 - self.beta2**self.step)).sqrt()
+        return second if before.second is None else second + self.beta2 * before.second
 
-    def _denominator(self, before: Moments, gradient: Tensor) -> Tensor:
-        return self._root(before, gradient) + self.eps
+    def _denominator(self, second: Tensor) -> Tensor:
+        return (second / (1 - self.beta2**self.step)).sqrt() + self.eps
+
+    def _move(self, mean: Tensor, second: Tensor) -> Tensor:
+        return -self.lr * mean / (1 - self.beta1**self.step) / self._denominator(second)
 
 
 @dataclass(frozen=True)
@@ -172,8 +175,11 @@ class SGDRule(Rule):
     def momentum(self, before: Moments, gradient: Tensor) -> Tensor:
         return torch.zeros_like(gradient) if before.first is None else -self.lr * self.mu * before.first
 
-    def later(self, before: Moments, gradient: Tensor) -> Later:
-        return Later(self.slope(before, gradient), torch.zeros_like(gradient), self.mu, 0.0)
+    def faded(self, age: int) -> float:
+        return self.mu**age
+
+    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
+        return -self.lr * self.mu**age * past.missing()
 
 
 #: Optimizers whose arithmetic is known, by class.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from smda_callbacks.maths.interference import interference, interference_matrix
+from smda_callbacks.maths.interference import against_swaps, interference, interference_matrix
+from smda_callbacks.maths.uncertainty import times_for
 from smda_callbacks.records import Array
 from smda_callbacks.report import figures as f
 from smda_callbacks.report import figures_pairs
@@ -21,6 +22,7 @@ from smda_callbacks.report.pair_ranking import MOST_COLUMNS, aligned, plus
 from smda_callbacks.report.pairs_data import MOST_FEATURES, PairData, data_columns, need_pairs, pair_name
 from smda_callbacks.report.section import Page, feature_warning, say
 from smda_callbacks.report.shifts import feature_name
+from smda_callbacks.sinks.pair_table import moved_coefficients
 
 #: Features in the bar chart of groups; rows of tables shown at once, and at all.
 CHARTED, SHOWN, LISTED = 12, 12, 100
@@ -95,7 +97,7 @@ def _group_row(data: RunData, found: GroupShifts, part: str, j: int) -> Html:
 class Interfering:
     """What pairs did beside what they intend, first behaviour; positions in the attributed features."""
 
-    shift: Array  # [pair, feature] effect on the coefficient, all pathways
+    shift: Array  # [pair, feature] effect on the coefficient, by magnitude and by outputs
     floor: Array | None  # [pair, feature] inf where not known
     intended: NDArray[np.int64]  # [pair, k], -1 where fewer
     largest: NDArray[np.int64]  # [pair] -1 where it moves nothing
@@ -104,21 +106,13 @@ class Interfering:
 
 def interfering(data: RunData, pairs: PairData) -> Interfering | None:
     """Interference as the pair table has it, with what it is made of; None where no feature is attributed."""
-    parts = pairs.parts(0, pairs.table.effect)
-    if not parts:
+    if not len(pairs.table.features):
         return None
-    shift: Array = np.sum(list(parts.values()), axis=0)
-    floor: Array | None = None
-    if pairs.table.floor is not None:
-        floors = pairs.parts(0, pairs.table.floor)
-        floor = np.sqrt(np.sum(np.square(list(floors.values())), axis=0))
-        floor = np.where(np.isnan(floor), np.inf, floor)
-    place = {int(feature): at for at, feature in enumerate(pairs.table.features)}
-    positions = np.array([place.get(int(each), -1) for each in data.policy.features] + [-1], dtype=np.int64)
-    intended = positions[pairs.table.intended]
+    moved = moved_coefficients(pairs.table, data.policy.features)
+    shift, floor, intended = moved.shift, moved.floor, moved.intended
     largest = interference(shift, intended, floor).largest
     size = np.abs(shift[np.arange(len(shift)), largest])
-    limit = 0.0 if floor is None else TIMES * floor[np.arange(len(shift)), largest]
+    limit = 0.0 if floor is None else times_for(shift.shape[1], TIMES) * floor[np.arange(len(shift)), largest]
     return Interfering(shift, floor, intended, largest, (largest >= 0) & (size > limit))
 
 
@@ -147,6 +141,12 @@ def flagged_sentence(pairs: PairData, found: Interfering) -> str:
     if found.floor is not None:
         text += f" {int((judged & found.above).sum()):,} of them have a largest effect above noise"
         text += f"; their interference is {percent(float(np.median(usual)))} in the median." if len(usual) else "."
+        chance = against_swaps(found.shift[judged & found.above], found.intended[judged & found.above])
+        if chance is not None:
+            text += (
+                f" If these pairs swap intentions at random it is {percent(chance.swapped)} (permutation test, "
+                f"p = {number(chance.p, 2)} of being so low by chance)."
+            )
     return text
 
 

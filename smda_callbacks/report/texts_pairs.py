@@ -53,9 +53,13 @@ SHARES = (
 
 INTERFERENCE = (
     "A pair intends the features that are strongest on its own prompt. Its interference is the share of its absolute "
-    "effect on coefficients that falls on others. The flag ⚑ is set where its largest effect is unintended and {limit}."
+    "effect on coefficients, gates that switch left out, that falls on others. The flag ⚑ is set where its largest "
+    "effect is unintended and {limit}."
 )
-INTERFERENCE_LIMIT = f"more than {TIMES:g} times its noise floor; greyed: that largest effect is not above noise"
+INTERFERENCE_LIMIT = (
+    f"above noise: more than {TIMES:g} times its noise floor for one feature, and more for several, since the largest "
+    "was picked; greyed: that largest effect is not above noise"
+)
 INTERFERENCE_UNKNOWN = "not zero: without a noise floor it may be chance"
 MATRIX = (
     "Where the effect of pairs goes: per feature that pairs intend (row), the mean share of their effect on each "

@@ -7,11 +7,13 @@
 ``policy.json, .safetensors``  the distilled policy: fields, and arrays
 ``noise.safetensors``          the noise floor (absent if not measured)
 ``gaps.json``                  the gap table at the start
+``start.safetensors``          the probes' residual stream at the start: a resumed run compares the SAE's health with it
 ``steps/000000000.safetensors``  one file per record, named by its last optimizer step: arrays, and all other
                                fields as JSON in the metadata. The lowest step is the baseline
 ``steps/superseded-N-*``       records that the N-th resume set aside; readers pass them over
 ``alerts.jsonl``               alerts outside a window
 ``logged.jsonl``               what was sent to a tracker
+``wandb.json``                 the W&B runs that it was sent to, the last one last
 ``end.json``                   how the run ended; absent while it runs and after a kill
 ``tables/*.parquet``           derived from the above, written at close
 =============================  ==================================================================
@@ -37,6 +39,8 @@ PROBES = "probes.jsonl"
 POLICY = "policy"
 NOISE = "noise.safetensors"
 GAPS = "gaps.json"
+START = "start.safetensors"
+WANDB = "wandb.json"
 STEPS = "steps"
 ALERTS = "alerts.jsonl"
 LOGGED = "logged.jsonl"

@@ -183,12 +183,31 @@ def _interference(table: PairTable, features: NDArray[np.int64]) -> tuple[Array,
     """Interference and its flag for every pair; ``features``: all of the policy's."""
     if not len(table.features):
         return np.full(len(table.pairs), np.nan), np.zeros(len(table.pairs), dtype=bool)
-    parts = by_feature(table, table.effect)
-    floors = None if table.floor is None else by_feature(table, table.floor)
-    # Parts of one update are not independent; the root sum square is the floor of their sum as if they were.
-    floor = None if floors is None else np.sqrt(np.sum(np.square(list(floors.values())), axis=0))
-    floor = None if floor is None else np.where(np.isnan(floor), np.inf, floor)
+    moved = moved_coefficients(table, features)
+    found = interference(moved.shift, moved.intended, moved.floor)
+    return found.share, found.flagged
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What pairs did to coefficients, as interference is judged: without gates that switch, which mostly jitter."""
+
+    shift: Array  # [pair, feature] effect by magnitude and by outputs
+    floor: Array | None  # [pair, feature] inf where not known
+    intended: NDArray[np.int64]  # [pair, k] positions in the attributed features, -1 where fewer
+
+
+def moved_coefficients(table: PairTable, features: NDArray[np.int64]) -> Moved:
+    """What every pair did to the coefficients of the first behaviour; ``features``: all of the policy's."""
+
+    def steady(values: Array) -> list[Array]:
+        return [part for name, part in by_feature(table, values).items() if name != "shift_x_gating"]
+
+    floor: Array | None = None
+    if table.floor is not None:
+        # Parts of one update are not independent; the root sum square is the floor of their sum as if they were.
+        floor = np.sqrt(np.sum(np.square(steady(table.floor)), axis=0))
+        floor = np.where(np.isnan(floor), np.inf, floor)
     attributed = {int(feature): place for place, feature in enumerate(table.features)}
     place = np.array([attributed.get(int(feature), -1) for feature in features] + [-1], dtype=np.int64)
-    found = interference(np.sum(list(parts.values()), axis=0), place[table.intended], floor)
-    return found.share, found.flagged
+    return Moved(np.sum(steady(table.effect), axis=0), floor, place[table.intended])

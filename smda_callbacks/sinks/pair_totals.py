@@ -22,7 +22,8 @@ from smda_callbacks.sinks.attribution import is_attributed, is_audit
 class PairTotal:
     """What one pair did so far, ``[functional]``, later parts included.
 
-    ``squares``: of the noise floors of its effects, summed; zero without a window of its own. ``intended``: see
+    ``floor``: noise floor of what it did since its last own window, which is one direction of the weights and adds up
+    with what momentum makes of it; ``closed``: squares of the floors of earlier own windows, summed. ``intended``: see
     :class:`~smda_callbacks.records.PairBook`, of the first attributed window. ``repeats``: effects of each window of
     its own, kept in audits only.
     """
@@ -30,10 +31,17 @@ class PairTotal:
     pair: Pair
     share: Array
     effect: Array
-    squares: Array
+    floor: Array
+    closed: Array
     windows: int = 0
     intended: NDArray[np.int64] | None = None
     repeats: tuple[Array, ...] = ()
+
+    @property
+    def squares(self) -> Array:
+        """Square of the noise floor of the effect; zero without a window of its own."""
+        total: Array = self.closed + np.square(self.floor)
+        return total
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,14 +94,18 @@ class PairTotals:
                 pair=old.pair,
                 share=old.share + share,
                 effect=old.effect + effect,
-                squares=old.squares + np.square(floor),
+                floor=floor,
+                closed=old.squares,
                 windows=old.windows + 1,
                 intended=intended.copy() if old.intended is None else old.intended,
                 repeats=(*old.repeats, effect.copy()) if audit else (),
             )
-        for each, share, effect in zip(book.later_ids.tolist(), book.later_share, book.later_effect, strict=True):
+        found = effect_floors(book, self.start.noise, later=True)
+        floors = np.zeros((len(book.later_ids), 1)) if found is None else found
+        later = zip(book.later_ids.tolist(), book.later_share, book.later_effect, floors, strict=True)
+        for each, share, effect, floor in later:
             old = changed.get(each) or self._of(each)
-            changed[each] = replace(old, share=old.share + share, effect=old.effect + effect)
+            changed[each] = replace(old, share=old.share + share, effect=old.effect + effect, floor=old.floor + floor)
         return changed
 
     def _of(self, each: int) -> PairTotal:
@@ -101,11 +113,11 @@ class PairTotals:
         if each in self.pairs:
             return self.pairs[each]
         nothing = np.zeros(len(self.functionals))
-        return PairTotal(Pair(each, (), "tokens", {}, None, 0), nothing, nothing, nothing)
+        return PairTotal(Pair(each, (), "tokens", {}, None, 0), nothing, nothing, nothing, nothing)
 
 
-def effect_floors(book: PairBook, noise: NoiseFloor | None) -> Array | None:
-    """Noise floor of every effect of a window, ``[pair, functional]``; None where none was measured.
+def effect_floors(book: PairBook, noise: NoiseFloor | None, *, later: bool = False) -> Array | None:
+    """Noise floor of every effect of a window, ``[pair, functional]``, or ``[later, functional]``; None without noise.
 
     That of random updates of the size of the pair's own, with the rounding of a reading where effects were read.
     """
@@ -114,8 +126,9 @@ def effect_floors(book: PairBook, noise: NoiseFloor | None) -> Array | None:
     # A linear effect is not read from the model, so that no rounding of a reading is in it.
     rounding = noise.functional_rounding if book.engine == "exact" else None
     rounding = np.zeros_like(noise.functional_random) if rounding is None else rounding
-    floors = [step_floor(noise.functional_random, rounding, float(size) / noise.update_rms) for size in book.size]
-    return np.array(floors).reshape(len(book.ids), len(noise.functional_random))
+    sizes = book.later_size if later else book.size
+    floors = [step_floor(noise.functional_random, rounding, float(size) / noise.update_rms) for size in sizes]
+    return np.array(floors).reshape(len(sizes), len(noise.functional_random))
 
 
 def totals_of(start: RunStart, windows: Iterable[WindowRecord]) -> PairTotals | None:

@@ -9,6 +9,7 @@ from typing import Any
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.codec import dumps
 from smda_callbacks.sinks.files import StoreError
+from smda_callbacks.sinks.wandb_media import GAPS
 
 #: Where two manifests must agree to be one run.
 IDENTITY = ("run_id", "probe_hash", "policy_hash", "model.hash", "sae.hash")
@@ -47,8 +48,9 @@ def set_aside(path: Path, step: int) -> None:
     end = path / files.END
     if end.exists():
         end.rename(path / (prefix + end.name))
+    first = files.list_steps(path)[0]
     for name in (files.ALERTS, files.LOGGED):
-        _set_rows_aside(path / name, step, prefix)
+        _set_rows_aside(path / name, step, first, prefix)
     for table in (path / files.TABLES).glob("*.parquet"):
         table.unlink()
 
@@ -69,12 +71,18 @@ def clear_unfinished(path: Path) -> None:
             (path / files.STEPS).rmdir()
 
 
-def _set_rows_aside(path: Path, step: int, prefix: str) -> None:
+def _set_rows_aside(path: Path, step: int, first: int, prefix: str) -> None:
     rows = files.read_rows(path)
-    later = [row for row in rows if row["step"] > step]
-    if later:
-        files.write_atomic(path.with_name(prefix + path.name), _lines(later))
-        files.write_atomic(path, _lines([row for row in rows if row["step"] <= step]))
+    later = [row["step"] > step or (row["step"] > first and _is_of_the_end(row)) for row in rows]
+    if any(later):
+        aside = [row for row, late in zip(rows, later, strict=True) if late]
+        files.write_atomic(path.with_name(prefix + path.name), _lines(aside))
+        files.write_atomic(path, _lines([row for row, late in zip(rows, later, strict=True) if not late]))
+
+
+def _is_of_the_end(row: Mapping[str, Any]) -> bool:
+    """Whether a logged row tells how the run ended, which is no longer so: the summary, and the gap table."""
+    return "summary" in row or GAPS in row.get("row", {})
 
 
 def _lines(rows: list[dict[str, Any]]) -> bytes:

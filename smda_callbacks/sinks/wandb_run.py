@@ -45,13 +45,22 @@ def check_options(mode: str | None, tables_every: int, log_text: str, finish_tim
         )
 
 
-def attach(project: str | None, mode: str | None) -> tuple[Any, bool]:
-    """The run that is open, else a new one, and whether it is our own. Raises whatever W&B raises."""
+def attach(project: str | None, mode: str | None, known: Mapping[str, Any] | None = None) -> tuple[Any, bool]:
+    """The run that is open, else ``known`` if W&B can go on with it, else a new one; and whether it is our own.
+
+    W&B goes on with a run of its server by its id. Offline it would start the run's rows anew under the old id, so the
+    old run is left as it is. A user's WANDB_RUN_ID goes before. Raises whatever W&B raises.
+    """
     import wandb
 
     if wandb.run is not None:
         return wandb.run, False
-    return wandb.init(settings=wandb.Settings(**own_settings(project, mode))), True
+    settings = own_settings(project, mode)
+    again: dict[str, Any] = {}
+    online = (settings.get("mode") or wandb.setup().settings.mode) in ("online", "shared")
+    if known is not None and known["own"] and not known["offline"] and online and "WANDB_RUN_ID" not in os.environ:
+        again = {"id": known["id"], "project": known["project"], "entity": known["entity"], "resume": "allow"}
+    return wandb.init(settings=wandb.Settings(**settings), **again), True
 
 
 def own_settings(project: str | None, mode: str | None) -> dict[str, Any]:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
-from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_tables
-from smda_callbacks.sinks.metric_values import Progress
+from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_runs, wandb_tables
+from smda_callbacks.sinks.metric_values import Progress, progress_of
 from smda_callbacks.sinks.metrics import STEP, metric_names, rows_of_window, summary_of_progress
+from smda_callbacks.sinks.past import Past
 from smda_callbacks.sinks.wandb_private import LogText
 from smda_callbacks.sinks.wandb_tables import Table
 from smda_callbacks.sinks.wandb_worker import Worker
@@ -43,6 +44,8 @@ class WandbSink:
         store_path: run store to send as artifacts, the policy at the start and the whole at the end; None sends none.
         logged_path: file to which everything handed to W&B is appended, as ``{"step", "row"}`` or
             ``{"step", "summary"}``; default: ``logged.jsonl`` in the run store, if there is one.
+        past: the earlier part of the run, where it goes on from a checkpoint: in the same W&B run where W&B can, else
+            in one whose configuration names the earlier one as ``smda_continues``.
         alerts: whether alerts may be raised in W&B.
         finish_timeout: seconds that ``close`` may wait for what is still on its way.
         queue_size: tables, plots, alerts and artifacts that may wait; more are dropped.
@@ -57,6 +60,7 @@ class WandbSink:
         log_text: LogText = "none",
         store_path: Path | None = None,
         logged_path: Path | None = None,
+        past: Past | None = None,
         alerts: bool = True,
         finish_timeout: float = 10.0,
         queue_size: int = 32,
@@ -65,6 +69,7 @@ class WandbSink:
         self.project, self.mode, self.tables_every, self.log_text = project, mode, tables_every, log_text
         self.store_path, self.alerts, self.finish_timeout = store_path, alerts, finish_timeout
         self.logged_path = logged_path or (store_path / files.LOGGED if store_path else None)
+        self._past = past
         self.failures = 0  # calls that raised
         self._worker = Worker(self._failed, queue_size)
         self._lock = threading.Lock()  # of the count of failures
@@ -87,8 +92,11 @@ class WandbSink:
         """
         if self._start is not None:
             raise ValueError("this WandbSink was opened before; it takes one run. Make a new one for every run.")
+        past = self._past
+        start = start if past is None else past.store.start
         self._names = metric_names(start)
-        self._progress = Progress.at(start)
+        self._progress = progress_of(start, () if past is None else past.windows())
+        self._windows = 0 if past is None else past.windows_so_far
         self._start = start
 
     def write(self, window: WindowRecord) -> None:
@@ -143,13 +151,21 @@ class WandbSink:
         return self._run is not None
 
     def _attach(self, start: RunStart) -> None:
-        self._run, self._own = wandb_run.attach(self.project, self.mode)
+        before = wandb_runs.runs_before(self.logged_path, self._past)
+        self._run, self._own = wandb_run.attach(self.project, self.mode, before[-1] if before else None)
         if self._own:
             self._guard("defining the x axis", lambda: self._run.define_metric(STEP))
         names = [*self._names, *wandb_media.history_keys(start)]
         self._guard("defining metrics", lambda: wandb_run.define(self._run, names))
-        facts = {"smda": dict(start.manifest)}
+        facts = {"smda": dict(start.manifest), **wandb_runs.link(before, self._run)}
         self._guard("sending the configuration", lambda: self._run.config.update(facts, allow_val_change=True))
+        note = partial(wandb_runs.note_run, self.logged_path, before, self._run, self._own, self._past)
+        self._guard("noting the run", note)
+        if not before:
+            self._send_start(start)
+
+    def _send_start(self, start: RunStart) -> None:
+        """What is known before the first step."""
         before = Progress.at(start)
         self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
         self._submit_tables(start, before)

@@ -13,7 +13,7 @@ The order of events of one attributed optimizer step::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -75,6 +75,11 @@ class Attributor:
         self._window: _Window | None = None
         self._before: tuple[Moments, ...] | None = None
         self._fault: str | None = None
+
+    def continue_from(self, windows: int, pairs: Collection[int]) -> None:
+        """Number on where a run stopped, after so many windows and with these pairs described. Call before ``open``."""
+        self._number, self._described = windows, set(pairs)
+        self.index.continue_from(max(pairs, default=-1) + 1)
 
     def open(self, model: nn.Module) -> None:
         """A window starts at ``model`` as it is now, right after a snapshot."""
@@ -151,6 +156,13 @@ class Attributor:
         """The run is over: take the hooks off."""
         self._capture.detach()
 
+    def pass_over(self) -> None:
+        """The window that is open is not to be attributed: it began before this training did."""
+        self._window = None
+        self._capture.detach()
+        if isinstance(self.engine, Ghost):
+            self.engine.close()
+
     def skip(self, why: str) -> None:
         """This window cannot be attributed."""
         self._fault = self._fault or why
@@ -183,7 +195,7 @@ class Attributor:
 
     def _close(self, window: _Window, parts: Parts, change: Array) -> PairBook:
         ids, share, effect, size = _by_pair(parts.own, len(change))
-        later_ids, later_share, later_effect, _ = _by_pair(parts.later, len(change))
+        later_ids, later_share, later_effect, later_size = _by_pair(parts.later, len(change))
         return PairBook(
             engine="ghost" if isinstance(self.engine, Ghost) else "exact",
             ids=ids,
@@ -192,6 +204,7 @@ class Attributor:
             later_ids=later_ids,
             later_share=later_share,
             later_effect=later_effect,
+            later_size=later_size,
             lines=close_books(change, share, later_share, momentum=parts.momentum, decay=parts.decay),
             size=size,
             intended=np.array([self._intended(window.prompts.get(int(number))) for number in ids], dtype=np.int64),

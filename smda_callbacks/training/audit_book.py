@@ -81,6 +81,7 @@ def alone(pair: int, moved: Array, size: float, intended: np.ndarray, seconds: f
         later_ids=np.zeros(0, dtype=np.int64),
         later_share=none,
         later_effect=none,
+        later_size=np.zeros(0),
         lines={**dict.fromkeys(LINES, nothing), "measured": moved},
         size=np.array([size]),
         intended=intended[None],

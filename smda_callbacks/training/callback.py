@@ -14,25 +14,33 @@ What a trainer does, with the points where the callback acts marked ``*``::
             scheduler step, zero gradients
             on_step_end      * every k steps: read the probes, book the window
             on_log           * note the loss
+            on_save          * leave a note of the run in the checkpoint
     on_train_end             * book what is left, close the sinks
 
-Only the main process measures.
+Under several processes each reads its share of the probes when the main one says so; only that one keeps books.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.sharding import Team, join_team
 from smda_callbacks.records import Alert, WindowRecord
 from smda_callbacks.training.attribution_start import Trainer
 from smda_callbacks.training.monitor import Monitor
+from smda_callbacks.training.participant import Participant, leading
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.resume import NotContinuedError, continued_line, find_earlier, tell_new_run, write_note
 
 logger = logging.getLogger("smda_callbacks")
 
@@ -44,12 +52,29 @@ class AdapterError(ValueError):
     """The model has nothing that a LoRA run would train."""
 
 
+def _together(event: Callable[..., None]) -> Callable[..., None]:
+    """An event at which the main process may read the probes, and the others read with it."""
+
+    @functools.wraps(event)
+    def run(self: MeasuringCallback, *given: Any, **kwargs: Any) -> None:
+        if self._participant is not None:
+            self._participant.serve()
+            event(self, *given, **kwargs)
+            return
+        with leading(self._team):
+            event(self, *given, **kwargs)
+
+    return run
+
+
 class MeasuringCallback(TrainerCallback):
     """Watches a LoRA run of :class:`~trl.SFTTrainer` or :class:`~transformers.Trainer` by a :class:`Plan`."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.monitor: Monitor | None = None
+        self._team: Team | None = None
+        self._participant: Participant | None = None
         self._trainer: dict[str, float] = {}
         self._skipped: list[int] = []
         self._booked = 0
@@ -59,24 +84,44 @@ class MeasuringCallback(TrainerCallback):
     ) -> None:
         """Refuse what cannot be measured, and take the baseline."""
         require_whole_model(args)
-        if not state.is_world_process_zero:
-            return
         model, tokenizer = kwargs["model"], kwargs.get("processing_class")
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text part of a multimodal processor
         require_lora(model)
+        require_readable(model)
+        self._team = self._team or join_team()
+        if not state.is_world_process_zero:
+            if self._team is not None:
+                self._participant = Participant(self.plan, model, tokenizer, self._team)
+                self._participant.serve()
+            return
         if self.monitor is not None and self.monitor.attributor is not None:
             self.monitor.attributor.end()  # a training that broke off: its hooks are still on
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
         trainer = Trainer(args, kwargs.get("optimizer"), kwargs.get("train_dataloader"), tokenizer)
-        self.monitor = Monitor(self.plan, model, trainer, state.global_step, rate)
+        with leading(self._team):
+            self.monitor = self._start(model, trainer, state.global_step, rate)
         logger.info(opening_line(self.monitor))
         logger.info(attribution_line(self.monitor))
         if group_means(self.monitor)[0] < RARE:
             logger.warning(
                 "this model refuses almost none of the probes to refuse; smda check shows how it answers them"
             )
+
+    def _start(self, model: nn.Module, trainer: Trainer, step: int, rate: float) -> Monitor:
+        earlier = find_earlier(self.plan, trainer.args, step)
+        if earlier is not None:
+            try:
+                monitor = Monitor(self.plan, model, trainer, step, rate, self._team, earlier)
+            except NotContinuedError as error:
+                tell_new_run(step, error)
+            else:
+                logger.info(continued_line(earlier))
+                self._booked, self._skipped = earlier.past.booked, list(earlier.skipped)
+                self._trainer = dict(earlier.trainer)
+                return monitor
+        return Monitor(self.plan, model, trainer, step, rate, self._team)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +144,7 @@ class MeasuringCallback(TrainerCallback):
         """What the step did to the weights, pair by pair."""
         self._pairs("after_step", kwargs.get("optimizer"))
 
+    @_together
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Book a window every ``plan.every`` optimizer steps."""
         if self.monitor is None:
@@ -125,10 +171,24 @@ class MeasuringCallback(TrainerCallback):
         else:
             self._trainer |= {"loss": float(logs["loss"]), "loss_step": float(state.global_step)}
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave in the checkpoint which run it belongs to."""
+        if self.monitor is None:
+            return
+        checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        try:
+            write_note(self.monitor, checkpoint, self._booked, self._skipped, self._trainer)
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            logger.warning("no note was left in %s, so that a resume from it starts a new run: %s", checkpoint, error)
+
+    @_together
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Book the last, shorter window and close."""
+        self._participant = None
         if self.monitor is None:
             return
         if state.global_step > self._booked and not args.load_best_model_at_end:
@@ -175,8 +235,8 @@ def require_whole_model(args: TrainingArguments) -> None:
     found = "FSDP" if args.fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
     if found:
         raise AdapterError(
-            f"{found} shards the model over processes, and the main process measures alone. Allowed: one process, DDP, "
-            "ZeRO-1 and ZeRO-2. Next step: use one of these, or train without the callback."
+            f"{found} shards the model over processes, but every process reads its own probes with a whole model. "
+            "Allowed: one process, DDP, ZeRO-1 and ZeRO-2. Next step: use one of these, or train without the callback."
         )
 
 
@@ -197,6 +257,28 @@ def require_lora(model: nn.Module) -> None:
         raise AdapterError(f"the adapters are {kinds}. Allowed: LORA (rsLoRA and DoRA are). Next step: use LoraConfig.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise AdapterError("no parameter of the model requires a gradient. Next step: make the adapter trainable.")
+
+
+def require_readable(model: nn.Module) -> None:
+    """Refuse a model that has no probability of an answer, or whose weights are split over processes.
+
+    Raises:
+        AdapterError: says which.
+    """
+    divided = [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]
+    if divided:
+        raise AdapterError(
+            f"{len(divided)} weights are split over processes ({divided[0]} and others): tensor parallelism, or "
+            "fully_shard. Allowed: one process, DDP, ZeRO-1 and ZeRO-2. Next step: use one of these, or train without "
+            "the callback."
+        )
+    inner = unwrap(model)
+    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
+        raise AdapterError(
+            f"{type(inner).__name__} has no language-model head, so it gives no probability to the openings of an "
+            "answer, which behaviours are scored by; reward models and classifiers are of this kind. Next step: watch "
+            "the run that trains the answering model (SFT, DPO, KTO, GRPO), and train this one without the callback."
+        )
 
 
 def show_log() -> None:

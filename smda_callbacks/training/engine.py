@@ -111,13 +111,26 @@ def check_training(args: Any, columns: Any) -> None:
         ),
         "fp16 scales losses by a factor that is not known here": lambda: bool(args.fp16),
         "DeepSpeed steps inside the backward pass": lambda: bool(getattr(args, "deepspeed", None)),
-        f"the data set has the columns {columns} and no input_ids, so a step's pairs cannot be recognised": lambda: (
-            columns is not None and "input_ids" not in columns
-        ),
+        f"the data set has the columns {columns}{_kind(columns)} and no input_ids, so a step's pairs cannot be "
+        "recognised": lambda: columns is not None and "input_ids" not in columns,
     }
     for text, holds in faults.items():
         if holds():
             raise AttributionError(f"{text}. Next step: change that, or set attribution.engine: off.")
+
+
+#: Columns of prepared data sets that tell what trains on them; the first that fit.
+KINDS = (
+    ({"prompt_ids", "chosen_ids", "rejected_ids"}, "preference training as DPO's, where a pair is two answers"),
+    ({"chosen_ids", "rejected_ids"}, "a reward model's training, where a pair is two answers"),
+    ({"prompt_ids", "completion_ids", "label"}, "KTO's training, where an answer is liked or not"),
+    ({"prompt"}, "online training as GRPO's, where answers are made during training"),
+)
+
+
+def _kind(columns: Any) -> str:
+    """What sort of training these columns are of, as part of a sentence; empty where they do not tell."""
+    return next((f" of {text}," for wanted, text in KINDS if wanted <= set(columns or ())), "")
 
 
 def _cheaper(options: AttributionOptions, model: nn.Module, args: Any, site: HookSite) -> Choice:

@@ -7,10 +7,10 @@ order in its size). Effects use the gradient after it, where the step without th
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,37 +142,42 @@ class Ghost:
 
     def _own(self, step: StepUpdate, mean: Gradients, end: Gradients) -> Entries:
         share = _dot([site.rows for site in step.sites], [j * (s.clip * s.share_slope()) for s, j in _with(step, mean)])
-        effect, squares = np.zeros_like(share), np.zeros(len(step.ids))
-        for site, gradient in _with(step, end):  # one at a time: the rows of all sites are as large as the gradients
-            rows = site.effects()
-            effect += _dot([rows], [gradient])
-            squares += rows.double().square().sum(dim=1).cpu().numpy()
-        return Entries(step.ids, share, effect, (squares / self.count) ** 0.5)
+        return Entries(step.ids, share, *self._effects((site.effects() for site in step.sites), end))
 
     def _later(self, step: StepUpdate, mean: Gradients, end: Gradients) -> tuple[Entries, ...]:
-        acting = [site.rule.later(site.before, site.gradient) for site in step.sites]
-        shares = [act.slope * j for act, j in zip(acting, mean, strict=True)]
-        slopes = [act.slope * j for act, j in zip(acting, end, strict=True)]
-        squares = [act.squared * j for act, j in zip(acting, end, strict=True)]
+        """What gradients of earlier steps do in this one."""
+        slopes = [site.share_slope() * j for site, j in _with(step, mean)]
         found = []
         for age, past in enumerate(reversed(self._past), start=1):
-            first, second = acting[0].decay1 ** age, acting[0].decay2 ** age
-            share = first * _dot([site.rows * site.clip for site in past.sites], shares)
-            missing = [site.missing() for site in past.sites]
-            effect = first * _dot(missing, slopes)
-            # g² − (g − d)² = d (2g − d), for a gradient g that loses d
-            crossed = [d * (2 * site.gradient - d) for d, site in zip(missing, past.sites, strict=True)]
-            effect = effect + second * _dot(crossed, squares)
-            found.append(Entries(past.ids, share, effect, 0.0 * share[:, 0]))
+            faded = step.sites[0].rule.faded(age)
+            share = faded * _dot([site.rows * site.clip for site in past.sites], slopes)
+            acting = (
+                now.rule.later_effects(now.before, now.gradient, then, age)
+                for now, then in zip(step.sites, past.sites, strict=True)
+            )
+            found.append(Entries(past.ids, share, *self._effects(acting, end)))
         return tuple(found)
+
+    def _effects(self, rows: Iterable[Tensor], end: Gradients) -> tuple[Array, Array]:
+        """Effects ``[example, functional]`` of directions per site, and their root mean square per weight.
+
+        One site at a time: the directions of all sites are as large as the gradients.
+        """
+        effects, squares = [], []
+        for each, gradient in zip(rows, end, strict=True):
+            effects.append(_dot([each], [gradient]))
+            squares.append(each.double().square().sum(dim=1).cpu().numpy())
+        return _sum(effects), (_sum(squares) / self.count) ** 0.5
 
     def _remember(self, step: StepUpdate) -> None:
         """Keep a step while its momentum lasts and memory allows; what is forgotten stays in the momentum line."""
         if not self.carry:
             return
         self._past.append(step)
-        decay = step.sites[0].rule.later(step.sites[0].before, step.sites[0].gradient).decay1
-        while self._past and (decay ** len(self._past) < FADED or sum(each.bytes for each in self._past) > self.limit):
+        rule = step.sites[0].rule
+        while self._past and (
+            rule.faded(len(self._past)) < FADED or sum(each.bytes for each in self._past) > self.limit
+        ):
             self._past.popleft()
 
 

@@ -16,6 +16,7 @@ from smda_callbacks.observe.health import HealthMeter
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
+from smda_callbacks.observe.sharding import Team
 from smda_callbacks.records import (
     Alert,
     NoiseFloor,
@@ -31,6 +32,15 @@ from smda_callbacks.training.attribution_start import Trainer, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.resume import (
+    Earlier,
+    keep_start,
+    read_again,
+    reopen,
+    take_up,
+    take_up_pairs,
+    take_up_window,
+)
 
 logger = logging.getLogger("smda_callbacks")
 
@@ -41,29 +51,50 @@ class Monitor:
     Creating it does everything that can be refused: instrument, policy, noise floor, sinks. Nothing is trained before.
     """
 
-    def __init__(self, plan: Plan, model: nn.Module, trainer: Trainer, step: int, learning_rate: float) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: nn.Module,
+        trainer: Trainer,
+        step: int,
+        learning_rate: float,
+        team: Team | None = None,
+        earlier: Earlier | None = None,
+    ) -> None:
         tokenizer, args = trainer.tokenizer, trainer.args
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
         self.book, self.measured, self.told_failures = AlertBook(), 0, set[str]()
-        self.sinks = tuple(plan.make_sinks(args))  # first: a folder that cannot be written is refused at once
+        # First: a folder that cannot be written is refused at once.
+        self.sinks = tuple(plan.make_sinks(args) if earlier is None else reopen(earlier, plan, args))
         self.policy: PolicyRecord
-        full = plan.instrument(model, tokenizer, plan.load_sae())
-        if plan.policy is None:
+        full = plan.instrument(model, tokenizer, plan.load_sae()).with_team(team)
+        if earlier is not None:
+            self.policy, self.instrument, reading = read_again(earlier, plan, full, model)
+        elif plan.policy is None:
             self.policy, self.instrument, reading = distil(full, model, tokenizer, plan.distil)
         else:
             self.policy = plan.policy
             check_policy(plan.policy, full)
             self.instrument = full.of_features(plan.policy.features)
             reading = self.instrument.read(model)
-        self._baseline(step, reading)
+        if earlier is None:
+            self._baseline(step, reading)
+        else:
+            take_up(self, earlier, reading)
         self.attribution = start_attribution(
             plan.attribution, trainer, model, self.instrument, self.policy, user_dataset=plan.dataset
         )
         self.attributor = self.attribution.attributor
-        self.noise = self._noise(model, learning_rate)
-        self.start = self._open(model, args)
+        if earlier is None:
+            self.noise = self._noise(model, learning_rate)
+            self.start = self._open(model, args)
+        else:
+            take_up_pairs(self, earlier)
+            self.start = self._open_again(earlier)
         self._open_window(model)
         self.meter = UpdateMeter(model)
+        if earlier is not None:
+            take_up_window(self, earlier)
 
     def _baseline(self, step: int, reading: Reading) -> None:
         self.health = HealthMeter(self.instrument.handle, reading.hidden)
@@ -107,7 +138,13 @@ class Monitor:
         start = RunStart(manifest, self.plan.probes.probes, self.policy, self.baseline, self._gaps(), self.noise)
         for sink in self.sinks:
             sink.open(start)
+        keep_start(self.sinks, self.hidden)
         return start
+
+    def _open_again(self, earlier: Earlier) -> RunStart:
+        for sink in self.sinks:
+            sink.open(earlier.run_start())
+        return earlier.past.store.start
 
     def measure(
         self, model: nn.Module, step: int, first_step: int, skipped: tuple[int, ...], trainer: Mapping[str, float]

@@ -17,11 +17,15 @@ from smda_callbacks.observe.probes import ProbeSet
 from smda_callbacks.observe.sae import SAEHandle
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
+from smda_callbacks.sinks.past import Past
 from smda_callbacks.training.alerts import AlertLimits
 from smda_callbacks.training.engine import AttributionOptions
 
 #: Makes the sinks of a run, given the trainer's arguments (transformers.TrainingArguments).
 SinkMaker = Callable[[Any], Sequence[Sink]]
+
+#: Makes the sinks that go on with an earlier run, given the trainer's arguments and what its store holds.
+SinkReopener = Callable[[Any, Past], Sequence[Sink]]
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class Plan:
         contrast: openings that must be told apart from the scored ones.
         policy: a saved policy to start from; None distils one at the start of training.
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
+        overhead_budget: most share of the run's wall time for measurements; they are made less often to keep it.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
         attribution: how the windows' shifts are attributed to training pairs; dataset: the data set that the trainer
             was given, needed only where packing hides its rows.
         on_error: what a measurement that fails does to training: ``warn`` (record, say once, go on) or ``raise``.
+        reopen_sinks: makes the sinks of a training that goes on from a checkpoint; None starts a new run there.
         config: the resolved configuration, recorded in the manifest.
     """
 
@@ -54,12 +60,14 @@ class Plan:
     policy: PolicyRecord | None = None
     every: int = 1
     health_every: int = 1
+    overhead_budget: float | None = None
     noise_draws: int = 8
     limits: AlertLimits = AlertLimits()
     attribution: AttributionOptions = AttributionOptions()
     dataset: Any = None
     on_error: Literal["warn", "raise"] = "warn"
     make_sinks: SinkMaker = lambda _: ()
+    reopen_sinks: SinkReopener | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
@@ -88,5 +96,7 @@ class Plan:
         for name in ("every", "health_every", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.overhead_budget is not None and not 0 < self.overhead_budget < 1:
+            raise ValueError(f"overhead_budget must be between 0 and 1, or None, got {self.overhead_budget}.")
         if self.noise_draws < 0:
             raise ValueError(f"noise_draws must be at least 0, got {self.noise_draws}.")

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def tiny(shelf: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def timeless(store: RunStore) -> list[Any]:
     """Everything in a store but times and the run's name."""
     manifest = {name: value for name, value in store.manifest.items() if name not in ("run_id", "created", "config")}
-    windows = [vars(each) | {"seconds": 0.0} for each in (store.baseline, *store.windows())]
+    records = (store.baseline, *store.windows())
+    pairs = [None if each.pairs is None else replace(each.pairs, seconds=0.0) for each in records]
+    windows = [vars(each) | {"seconds": 0.0, "pairs": book} for each, book in zip(records, pairs, strict=True)]
     return [manifest, store.probes, store.policy, store.noise, store.gaps_start, windows]
 
 

@@ -71,6 +71,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
     "measure.health_every": (6, 6, lambda plan: plan.health_every),
     "measure.batch_size": (9, 9, lambda plan: plan.batch_size),
     "measure.noise_draws": (2, 2, lambda plan: plan.noise_draws),
+    "measure.overhead_budget": (0.05, 0.05, lambda plan: plan.overhead_budget),
     "measure.on_error": ("raise", "raise", lambda plan: plan.on_error),
     "attribution.engine": ("exact", "exact", lambda plan: plan.attribution.engine),
     "attribution.every": (3, 3, lambda plan: plan.attribution.every),

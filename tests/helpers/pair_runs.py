@@ -169,6 +169,7 @@ def _book(
         ids=ids, share=share, effect=EFFECT * share,
         later_ids=np.zeros(0, dtype=np.int64) if earlier is None else earlier.ids,
         later_share=later, later_effect=EFFECT * later, lines=lines, size=LEARNING_RATE * 0.3 * (1 + 0.1 * weights),
+        later_size=LEARNING_RATE * 0.1 * np.ones(len(later)),
         intended=intended, seconds=0.05, held_bytes=4096,
         capture_error=1e-7, update_error=1e-5,
     )  # fmt: skip
@@ -178,7 +179,7 @@ def _audited(moved: Array, intended: np.ndarray, pair: int) -> PairBook:
     none, zero = np.zeros((0, len(moved))), np.zeros_like(moved)
     return PairBook(
         engine="exact", ids=np.array([pair], dtype=np.int64), share=moved[None], effect=moved[None],
-        later_ids=np.zeros(0, dtype=np.int64), later_share=none, later_effect=none,
+        later_ids=np.zeros(0, dtype=np.int64), later_share=none, later_effect=none, later_size=np.zeros(0),
         lines=close_books(moved, moved[None], none, momentum=zero, decay=zero), size=np.array([LEARNING_RATE]),
         intended=intended, seconds=0.5, held_bytes=0, capture_error=0.0, update_error=0.0,
     )  # fmt: skip

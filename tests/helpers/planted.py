@@ -220,14 +220,12 @@ class _Training:
                 windows.append(WindowRecord(step, step - every + 1, (), "ok", 0.0, **books, **moved))
                 self.attributor.open(bench.model)
                 before = after
-        attribution = {"engine": self.engine, "why": "planted", "functionals": list(self.names), "every": 1}
-        manifest = {"kind": "run", "attribution": attribution}
+        manifest = {"kind": "run", "attribution": {"engine": self.engine, "functionals": list(self.names)}}
         return RunStart(manifest, bench.instrument.probes.probes, bench.policy, baseline, (), noise), windows
 
     def _step(self, optimizer: torch.optim.Optimizer) -> None:
         self.attributor.begin_step()
-        rows = self.planted.gradients[list(self.batch)]
-        ask = self.attributor
+        rows, ask = self.planted.gradients[list(self.batch)], self.attributor
         self.bench.step(optimizer, rows, self.max_norm, before=ask.before_step, after=ask.after_step)
 
     def _snapshot(self, step: int, reading: Any) -> Snapshot:
@@ -236,9 +234,7 @@ class _Training:
     # What the attributor asks of its hooks
     def attach(self) -> None: ...
 
-    def stop(self) -> None: ...
-
-    def detach(self) -> None: ...
+    stop = detach = attach
 
     def take(self) -> Captured:
         rows = torch.split(self.planted.gradients[list(self.batch)], self.bench.sizes, dim=1)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from smda_callbacks.maths.interference import interference, interference_matrix
+from smda_callbacks.maths.interference import AgainstSwaps, against_swaps, interference, interference_matrix
+from smda_callbacks.maths.uncertainty import times_for
 
 Array = NDArray[np.float64]
 
@@ -61,10 +62,19 @@ def test_agrees_with_loops_over_pairs_and_features() -> None:
         else:
             assert np.isnan(found.share[p])
         assert found.largest[p] == largest
-        above = abs(shift[p, largest]) > 2 * floor[p, largest]
+        above = abs(shift[p, largest]) > times_for(9) * floor[p, largest]
         assert found.flagged[p] == bool(own and largest not in own and above)
     for j, each in rows.items():
         np.testing.assert_allclose(matrix[j], np.mean(each, axis=0), rtol=1e-12)
+
+
+def test_intentions_that_are_met_are_told_from_swapped_ones() -> None:
+    places = np.arange(80) % 8
+    found = against_swaps(np.eye(8)[places], places[:, None])
+    assert found == AgainstSwaps(0.0, 1.0, 1 / 1000)
+    same = against_swaps(np.eye(8)[places], np.zeros((80, 1), dtype=np.int64))
+    assert same == AgainstSwaps(1.0, 1.0, 1.0)
+    assert against_swaps(np.eye(4), np.arange(4)[:, None]) is None
 
 
 @pytest.mark.parametrize("factor", [-1.0, 2.0**-300, 1e-5, 3e7])
@@ -110,7 +120,7 @@ def test_only_intended_is_exactly_none_and_only_unintended_all() -> None:
 @pytest.mark.parametrize(("times", "flagged"), [(1.99, True), (2.0, False), (2.01, False)])
 def test_the_floor_decides_strictly(times: float, flagged: bool) -> None:
     floor = np.zeros((1, 4))
-    floor[0, 2] = 2.5  # the shift there is 5
+    floor[0, 2] = 5 / times_for(4)  # the shift there is 5, the largest of four
     assert interference(SHIFT[1:2], INTENDED[1:2], floor, times).flagged[0] == flagged
 
 

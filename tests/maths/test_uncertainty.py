@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.stats import norm
 
 from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.uncertainty import (
@@ -15,6 +16,7 @@ from smda_callbacks.maths.uncertainty import (
     rms_floor,
     split_half_reliability,
     step_floor,
+    times_for,
     total_floor,
 )
 
@@ -191,3 +193,14 @@ def test_refuses_groups_that_do_not_fit() -> None:
     before, after = random_states(40, 2, 1, seed=6)
     with pytest.raises(ValueError, match=r"groups has shape \(39,\); one category number for each of the 40 probes"):
         split_half_reliability(before, after, scale=np.ones(2), lam=1.0, groups=np.zeros(39, dtype=int))
+
+
+def test_times_for_several_tests_is_bonferroni() -> None:
+    """Against scipy: the chance of any of d normal numbers beyond the limit is at most that of one beyond 2."""
+    assert times_for(1) == 2.0
+    for tests in (2, 5, 100):
+        assert 2 * norm.sf(times_for(tests)) * tests == pytest.approx(2 * norm.sf(2.0), rel=1e-9)
+    rng = np.random.default_rng(0)
+    assert np.mean(np.abs(rng.normal(size=(20_000, 5))).max(axis=1) > times_for(5)) == pytest.approx(0.0455, abs=0.005)
+    with pytest.raises(ValueError, match="tests is 0"):
+        times_for(0)

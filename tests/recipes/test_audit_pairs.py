@@ -45,7 +45,7 @@ def test_pairs_are_audited_ranked_and_reported(inputs: Path, tmp_path: Path) -> 
     assert table is not None
     effect = table.effect[:, column(table, "refusal:harmful")]
     first = max(range(4), key=lambda k: abs(effect[k]))
-    assert f"row    {first} {effect[first]:+.6f}  kind-{first}" in printed.splitlines()[1]
+    assert f"row    {first} {effect[first]:+.6f}  kind-{first}" in printed
     assert f"report: {Path('runs/audit/report.html')}" in printed
     assert (store.path / "report.html").stat().st_size > 100_000
 

@@ -109,9 +109,9 @@ def test_options_become_the_callbacks_configuration() -> None:
     from recipes.benchmark_overhead import Options, settings
 
     options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", 2, 4)
-    config: Any = settings(options, every=10)
+    config: Any = settings(options, {"measure": {"every": 10}})
     assert (config.measure.every, config.sae.source, config.wandb.enabled) == (10, "an-sae", False)
-    assert settings(options) == settings(options, every=1)
+    assert settings(options) == settings(options, {"measure": {"every": 1}})
 
 
 @pytest.mark.slow

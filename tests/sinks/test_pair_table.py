@@ -168,10 +168,16 @@ def test_floors_add_up_in_squares_and_only_readings_have_rounding(engine: str) -
     assert noise.functional_random is not None
     assert noise.functional_rounding is not None
     rounding = noise.functional_rounding if engine == "exact" else 0 * noise.functional_rounding
-    squares = np.zeros((5, len(rounding)))
+    # A pair's update and what momentum makes of it are one direction: they add up until the pair is trained on again.
+    occasions: dict[int, list[np.ndarray]] = {pair: [] for pair in range(5)}
     for book in books(run):
-        for pair, size in zip(book.ids, book.size, strict=True):
-            squares[pair] += (size / noise.update_rms * noise.functional_random) ** 2 + rounding**2
+        for pair, size in zip(book.ids.tolist(), book.size, strict=True):
+            occasions[pair].append(np.hypot(size / noise.update_rms * noise.functional_random, rounding))
+        for pair, size in zip(book.later_ids.tolist(), book.later_size, strict=True):
+            occasions[pair][-1] = occasions[pair][-1] + np.hypot(
+                size / noise.update_rms * noise.functional_random, rounding
+            )
+    squares = np.array([np.sum(np.square(found), axis=0) for found in occasions.values()])
     floor = table_of(run).floor
     assert floor is not None
     np.testing.assert_allclose(floor, np.sqrt(squares), rtol=1e-12)

@@ -1,0 +1,148 @@
+"""Readings shared by several processes that hold the same model: each reads its batches, the first puts them together.
+
+The first process leads. Before every reading it tells the others what to read; they answer with what they saw or why
+they could not. Nobody waits for a process that failed, and nobody has to know when the next reading is due::
+
+    process 0    tell(read) -> reads batches 0, 2, 4 ... -> gather -> assemble      (again, or) tell(done)
+    process 1    hear       -> reads batches 1, 3, 5 ... -> gather -> hear          ... hears done: back to training
+
+All processes make the same batches, so a batch is the same tensor whoever reads it, and a reading is bit for bit that
+of one process. Objects travel over a group of processes of their own on the CPU: training's own are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from smda_callbacks.observe.reading import Part
+
+#: How long to wait for the other processes to join, in seconds: they stand at the same line of the trainer.
+JOIN_SECONDS = 120
+
+#: How long a process waits for the first one, in seconds: it distils, and writes the run, on its own.
+WAIT_SECONDS = 7200
+
+
+class ProcessError(RuntimeError):
+    """Another process cannot take part, or could not read its probes."""
+
+
+@dataclass(frozen=True)
+class Move:
+    """A random update that all trained weights carry during a reading: draw number ``draw`` of ``seed``, ±``size``."""
+
+    size: float
+    seed: int
+    draw: int
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the first process tells the others.
+
+    ``read``: read your batches, these SAE features (None: all), with weights moved by ``move``. ``done``: go on with
+    training. ``stop``: the first process gives up, ``text`` says why.
+    """
+
+    what: Literal["read", "done", "stop"]
+    features: tuple[int, ...] | None = None
+    move: Move | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process could not read."""
+
+    text: str
+
+
+class Team:
+    """The processes of a training, seen from one of them: ``rank`` of ``size``."""
+
+    def __init__(self, rank: int, size: int, group: Any) -> None:
+        self.rank, self.size, self._group = rank, size, group
+
+    def tell(self, command: Command) -> None:
+        """Send a command to the others; only the first process does."""
+        dist.broadcast_object_list([command], src=0, group=self._group)
+
+    def hear(self) -> Command:
+        """Wait for the first process's next command."""
+        heard: list[Any] = [None]
+        dist.broadcast_object_list(heard, src=0, group=self._group)
+        command: Command = heard[0]
+        return command
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """This process's share of ``items``, dealt in turn."""
+        return list(items[self.rank :: self.size])
+
+    def gather(self, found: list[Part] | Failure) -> list[list[Part] | Failure]:
+        """What every process found, by rank, on the first process; nothing on the others."""
+        everything: list[Any] = [None] * self.size if self.rank == 0 else []
+        dist.gather_object(found, everything or None, dst=0, group=self._group)
+        return everything
+
+    def read(self, command: Command, own: Callable[[], list[Part]]) -> list[Part]:
+        """Have all processes read; returns all parts, on the device where this process finds its own.
+
+        Raises:
+            ProcessError: another process could not read. What this process raises comes through as it is.
+        """
+        self.tell(command)
+        mine: list[Part] = []
+        fault: Exception | None = None
+        try:
+            mine = own()
+        except Exception as error:
+            fault = error
+        everything = self.gather([])  # also after a fault: the others are waiting
+        if fault is not None:
+            raise fault
+        failures = [f"process {k}: {found.text}" for k, found in enumerate(everything) if isinstance(found, Failure)]
+        if failures:
+            raise ProcessError(f"not every process could read its probes. {'; '.join(failures)}")
+        others = [part for found in everything if not isinstance(found, Failure) for part in found]
+        return mine + [part.to(mine[0].hidden.device) for part in others]
+
+    def answer(self, own: Callable[[], list[Part]]) -> None:
+        """Take part in a reading that was heard of; what goes wrong is sent, not raised."""
+        found: list[Part] | Failure
+        try:
+            found = [part.to(torch.device("cpu")) for part in own()]
+        except Exception as error:
+            found = Failure(told(error))
+        self.gather(found)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {error}"
+
+
+def join_team(*, join_seconds: float = JOIN_SECONDS) -> Team | None:
+    """The team of this training's processes; None where there is one process. Every process must call it.
+
+    Raises:
+        ProcessError: not every process came: the callback was given to some of them only.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    try:
+        # The first group only sees whether all are here: a wait as long as the second one's would look like a hang.
+        dist.destroy_process_group(dist.new_group(backend="gloo", timeout=timedelta(seconds=join_seconds)))
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"the {dist.get_world_size()} processes of this training could not join to read the probes together within "
+            f"{join_seconds:.0f} s ({told(error)}). Next step: give the callback to the trainer on every process, not "
+            "only on the main one; on a machine with several network interfaces set GLOO_SOCKET_IFNAME."
+        ) from error
+    return Team(dist.get_rank(), dist.get_world_size(), group)

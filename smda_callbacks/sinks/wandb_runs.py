@@ -1,0 +1,61 @@
+"""Which W&B runs a run store was sent to, so that a training that goes on from a checkpoint goes on in W&B too."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smda_callbacks.sinks import files
+from smda_callbacks.sinks.past import Past
+
+logger = logging.getLogger("smda_callbacks")
+
+Facts = Mapping[str, Any]
+
+#: The entry of a W&B run's configuration that names the run it goes on from.
+CONTINUES = "smda_continues"
+
+
+def runs_before(logged: Path | None, past: Past | None) -> list[Facts]:
+    """The W&B runs that the earlier part of the run was sent to, the last one last. ``logged``: ``logged.jsonl``."""
+    path = _path(logged)
+    if past is None or path is None or not path.exists():
+        return []
+    runs: list[Facts] = files.read_json(path)["runs"]
+    return runs
+
+
+def note_run(logged: Path | None, before: Sequence[Facts], run: Any, own: bool, past: Past | None) -> None:
+    """Note beside ``logged`` that the run store is sent to ``run`` from now on; ``own``: whether we started it."""
+    path = _path(logged)
+    if path is None:
+        return
+    facts = {name: getattr(run, name, None) for name in ("id", "project", "entity", "url")}
+    step = 0 if past is None else past.step
+    now = {**facts, "own": own, "offline": bool(getattr(run, "offline", False)), "from_step": step}
+    files.write_json(path, {"runs": [*before, now]})
+
+
+def link(before: Sequence[Facts], run: Any) -> dict[str, Any]:
+    """What the configuration of ``run`` says of the run before it; says in the log where the training goes on."""
+    if not before:
+        return {}
+    last, name = before[-1], before[-1]["url"] or before[-1]["id"]
+    if last["id"] == run.id:
+        logger.info("W&B: going on in run %s; of two rows with the same step the newer one holds", name)
+        return {}
+    logger.info(
+        "W&B: run %s goes on in run %s, which names it as %s. To go on in the same one, online, start with "
+        "WANDB_RUN_ID=%s WANDB_RESUME=allow",
+        name,
+        run.id,
+        CONTINUES,
+        last["id"],
+    )
+    return {CONTINUES: {key: last[key] for key in ("id", "project", "entity", "url")}}
+
+
+def _path(logged: Path | None) -> Path | None:
+    return None if logged is None else logged.with_name(files.WANDB)
