@@ -4,7 +4,7 @@
     SMDA=1 accelerate launch recipes/alignment_handbook/sft.py --config recipes/alignment_handbook/config_lora.yaml
     SMDA=1 accelerate launch recipes/alignment_handbook/sft.py --config recipes/alignment_handbook/config_qlora.yaml
 
-SMDA=1 makes ``report_to: [wandb, smda]`` of the YAML files a name that transformers knows, and ``env: {SMDA_CONFIG: ...}``
+SMDA=1 makes ``smda``, in ``report_to`` of the YAML files, a name that transformers knows; ``env: {SMDA_CONFIG: ...}``
 there says how to watch. Arguments after the file go before what it says. The handbook's own script asks for functions
 that TRL no longer has; this one follows it with those of today.
 """

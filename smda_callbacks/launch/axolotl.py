@@ -8,6 +8,7 @@ Only Axolotl imports this file. ``recipes/axolotl/README.md`` says how the two a
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin

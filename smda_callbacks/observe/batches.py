@@ -38,6 +38,10 @@ class ProbeBatch:
         """Columns before the last prompt token."""
         return self.span.shape[1] - 1
 
+    def rows(self, start: int, stop: int) -> ProbeBatch:
+        """The rows ``start`` to ``stop - 1`` alone, in the same columns."""
+        return ProbeBatch(**{name: tensor[start:stop] for name, tensor in vars(self).items()})
+
     def to(self, device: torch.device) -> ProbeBatch:
         """The same batch on another device."""
         return ProbeBatch(**{name: tensor.to(device) for name, tensor in vars(self).items()})

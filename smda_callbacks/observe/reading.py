@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
 from smda_callbacks.observe.features import Encoder, Readout, pool
 from smda_callbacks.observe.guard import measuring
 from smda_callbacks.records import Array
+
+logger = logging.getLogger("smda_callbacks")
 
 #: Attention implementations that take a four-dimensional mask, so that the tree is read in the prompt's own pass.
 MASK_ATTENTION = ("sdpa", "eager")
@@ -89,18 +92,21 @@ def read_parts(
 ) -> list[Part]:
     """Read the batches ``wanted`` of ``batches``; the rest as :func:`read`, which puts the parts together."""
     one_pass = tree_pass if tree_in_one_pass(model) else _cached_pass
-    parts: list[Part] = []
+    device = next(model.parameters()).device
+
+    def one(batch: ProbeBatch) -> Part:
+        batch = batch.to(device)
+        stream, edges = one_pass(model, batch, batches, site)
+        pre, gate = _features(stream, batch, encode, readout)
+        if visit is not None:
+            visit(batch, pre, gate, edges)
+        last = stream[:, -1].detach().float().clone()  # a view would keep the whole stream
+        return Part(batch.index, last, pre.detach(), gate.detach(), edges.detach())
+
     with measuring(model, gradients=visit is not None):
-        device = next(model.parameters()).device
-        for batch in wanted:
-            batch = batch.to(device)
-            stream, edges = one_pass(model, batch, batches, site)
-            pre, gate = _features(stream, batch, encode, readout)
-            if visit is not None:
-                visit(batch, pre, gate, edges)
-            last = stream[:, -1].detach().float().clone()  # a view would keep the whole stream
-            parts.append(Part(batch.index, last, pre.detach(), gate.detach(), edges.detach()))
-    return parts
+        if visit is not None:  # a visitor may have seen half of what it wants of a batch
+            return [one(batch) for batch in wanted]
+        return [part for batch in wanted for part in in_memory(one, batch)]
 
 
 def assemble(parts: Sequence[Part], batches: ProbeBatches) -> Reading:
@@ -121,6 +127,30 @@ def assemble(parts: Sequence[Part], batches: ProbeBatches) -> Reading:
     log_probs = opening_log_probs(edges.double().cpu().numpy(), batches)
     _check_finite(hidden, log_probs)
     return Reading(hidden, pre, gate, log_probs)
+
+
+def in_memory(read_one: Callable[[ProbeBatch], Part], batch: ProbeBatch) -> list[Part]:
+    """The parts of a batch, read at once, or in halves of halves where memory does not suffice."""
+    try:
+        return [read_one(batch)]
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(batch.index) == 1:
+            raise
+    # Outside of the handler: the exception would hold on to what the failed pass has allocated.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    rows = len(batch.index)
+    logger.warning(
+        "out of memory with %d probes at once; they are read in two halves. measure.batch_size: %d avoids the attempt",
+        rows,
+        max(rows // 2, 1),
+    )
+    return [part for half in (batch.rows(0, rows // 2), batch.rows(rows // 2, rows)) for part in in_memory(read_one, half)]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory did not suffice, on CUDA or on the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def tree_in_one_pass(model: nn.Module) -> bool:

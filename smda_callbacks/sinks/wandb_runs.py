@@ -30,7 +30,7 @@ def runs_before(logged: Path | None, past: Past | None) -> list[Facts]:
 def note_run(logged: Path | None, before: Sequence[Facts], run: Any, own: bool, past: Past | None) -> None:
     """Note beside ``logged`` that the run store is sent to ``run`` from now on; ``own``: whether we started it."""
     path = _path(logged)
-    if path is None:
+    if path is None or not path.parent.is_dir():
         return
     facts = {name: getattr(run, name, None) for name in ("id", "project", "entity", "url")}
     step = 0 if past is None else past.step

@@ -30,7 +30,7 @@ from smda_callbacks.observe.features import pool
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite
 from smda_callbacks.observe.pair_gradients import PairCapture
-from smda_callbacks.observe.reading import Reading
+from smda_callbacks.observe.reading import Reading, is_out_of_memory
 from smda_callbacks.observe.updates import Moments, moments_before, site_updates
 from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
 from smda_callbacks.training.engine import AttributionOptions
@@ -108,10 +108,17 @@ class Attributor:
         if not isinstance(self.engine, Ghost) or not (live or self._wants(self._number)):
             return self._instrument.read(model)
         began = time.perf_counter()
-        reading = self.engine.read(model)
-        if self._window is not None:
-            self._window.seconds += time.perf_counter() - began
-        return reading
+        try:
+            reading = self.engine.read(model)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.skip("out of memory for gradients through the probes. Next step: lower measure.batch_size")
+        else:
+            if self._window is not None:
+                self._window.seconds += time.perf_counter() - began
+            return reading
+        return self._instrument.read(model)
 
     def begin_step(self) -> None:
         """Before the step's first forward pass."""
@@ -148,9 +155,14 @@ class Attributor:
         for number, prompt in zip(ids, captured.prompts, strict=True):
             if prompt is not None:
                 window.prompts[number] = prompt
+        window.held += captured.bytes
+        if window.held > self.options.limit:
+            raise AttributionError(
+                f"the gradients of this window's pairs need more than the {self.options.memory_gib:g} GiB of "
+                "attribution.memory_gib. Next step: raise it, or lower measure.every"
+            )
         window.steps.append(StepUpdate(ids, updates))
         window.capture_error = max(window.capture_error, error)
-        window.held = max(window.held, captured.bytes)
 
     def end(self) -> None:
         """The run is over: take the hooks off."""

@@ -37,6 +37,7 @@ from smda_callbacks.observe.activations import unwrap
 from smda_callbacks.observe.sharding import Team, join_team
 from smda_callbacks.records import Alert, WindowRecord
 from smda_callbacks.training.attribution_start import Trainer
+from smda_callbacks.training.budget import Budget
 from smda_callbacks.training.monitor import Monitor
 from smda_callbacks.training.participant import Participant, leading
 from smda_callbacks.training.plan import Plan
@@ -78,6 +79,7 @@ class MeasuringCallback(TrainerCallback):
         self._trainer: dict[str, float] = {}
         self._skipped: list[int] = []
         self._booked = 0
+        self._budget = Budget(plan.every, plan.overhead_budget)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -98,6 +100,7 @@ class MeasuringCallback(TrainerCallback):
             self.monitor.attributor.end()  # a training that broke off: its hooks are still on
         show_log()
         self._trainer, self._skipped, self._booked = {}, [], state.global_step
+        self._budget = Budget(self.plan.every, self.plan.overhead_budget)
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
         trainer = Trainer(args, kwargs.get("optimizer"), kwargs.get("train_dataloader"), tokenizer)
         with leading(self._team):
@@ -108,6 +111,7 @@ class MeasuringCallback(TrainerCallback):
             logger.warning(
                 "this model refuses almost none of the probes to refuse; smda check shows how it answers them"
             )
+        self._budget.begin()
 
     def _start(self, model: nn.Module, trainer: Trainer, step: int, rate: float) -> Monitor:
         earlier = find_earlier(self.plan, trainer.args, step)
@@ -153,7 +157,7 @@ class MeasuringCallback(TrainerCallback):
             self._skipped.append(state.global_step)
         # The last step is booked here: before on_train_end the trainer may load the best checkpoint in its place.
         last = control.should_training_stop or state.global_step >= state.max_steps
-        if last or (state.global_step - self._booked) >= self.plan.every:
+        if last or self._budget.is_due(state.global_step - self._booked):
             record = self._book(self.monitor, kwargs["model"], state)
             if control.should_log:
                 logger.info(window_line(self.monitor, record))
@@ -212,6 +216,7 @@ class MeasuringCallback(TrainerCallback):
     def _book(self, monitor: Monitor, model: nn.Module, state: TrainerState) -> WindowRecord:
         trainer = {**self._trainer, "epoch": float(state.epoch or 0.0)}
         record = monitor.measure(model, state.global_step, self._booked + 1, tuple(self._skipped), trainer)
+        self._budget.note(record.seconds)
         self._booked, self._skipped = state.global_step, []
         return record
 

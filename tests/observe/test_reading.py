@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,47 @@ def test_only_needed_logits_are_computed() -> None:
     hook.remove()
     assert set(seen) == {len(batches.tree.tokens)}
     assert len(seen) == len(batches.batches)
+
+
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    "host": RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+}
+
+
+@pytest.mark.parametrize("where", OUT_OF_MEMORY)
+def test_what_does_not_fit_into_memory_is_read_in_halves(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A model with room for two probes at a time: the same numbers, said once per batch, and nothing left behind."""
+    model, sae = tiny_model(), handle()
+    _, batches = batched(batch_size=7)
+    expected = read(model, batched(batch_size=1)[1], sae.site, encoder(sae))
+    real, sizes = model.forward, []
+
+    def small(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise OUT_OF_MEMORY[where]
+        return real(*args, **kwargs)
+
+    model.forward = small
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    with caplog.at_level(logging.WARNING, "smda_callbacks"):
+        found = read(model, batches, sae.site, encoder(sae))
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, rtol=1e-5)
+    torch.testing.assert_close(found.pre, expected.pre, rtol=1e-4, atol=1e-5)
+    assert hooks == [len(module._forward_hooks) for module in model.modules()]
+    assert "measure.batch_size: 3" in caplog.records[0].message
+
+
+def test_other_errors_and_a_probe_that_does_not_fit_alone_are_not_hidden() -> None:
+    model, sae = tiny_model(), handle()
+    _, batches = batched(batch_size=4)
+    for error in (RuntimeError("shapes do not match"), OUT_OF_MEMORY["cuda"]):
+
+        def broken(*args: Any, error: Exception = error, **kwargs: Any) -> Any:
+            raise error
+
+        model.forward = broken
+        with pytest.raises(type(error), match=str(error)[:12]):
+            read(model, batches, sae.site, encoder(sae))

@@ -41,9 +41,8 @@ class FakeRun:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        return [
-            row for row in self.rows if "smda/measurement/seconds" in row or "smda/shift/norm" in row or len(row) > 9
-        ]
+        """The rows of windows; tables and alerts come alone."""
+        return [row for row in self.rows if len(row) > 2]
 
 
 class Server:

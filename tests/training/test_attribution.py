@@ -353,3 +353,21 @@ def test_bf16_says_how_ill_conditioned_the_first_steps_are(plan: Plan, sink: Mem
         assert 1e-4 < book.update_error < 1  # float32: below 1e-5
         assert book.capture_error < 0.02
         assert balance_error(book.lines, book.share, book.later_share) < 1e-12
+
+
+def test_gradients_that_do_not_fit_into_memory_cost_the_pairs_only(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, calls = Ghost.read, []
+
+    def small(self: Ghost, model: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, model)
+
+    monkeypatch.setattr(Ghost, "read", small)
+    trainer(MeasuringCallback(replace(attributed(plan), on_error="warn"))).train()
+    assert [window.status for window in sink.windows] == ["ok"] * 4
+    assert [window.pairs is not None for window in sink.windows] == [True, False, True, True]
+    assert "lower measure.batch_size" in caplog.text
