@@ -33,7 +33,8 @@ def test_the_wheel_holds_every_tracked_file_of_the_package(wheel: zipfile.ZipFil
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = set(listed.stdout.split())
     assert {"smda_callbacks/py.typed", "smda_callbacks/data/probes.jsonl"} <= tracked
-    assert tracked <= set(wheel.namelist())
+    beside = {"smda_callbacks/launch/smda_callbacks_autostart.pth"}  # see above: not in the package, but next to it
+    assert tracked - beside <= set(wheel.namelist())
 
 
 def test_the_shipped_data_are_small(wheel: zipfile.ZipFile) -> None:

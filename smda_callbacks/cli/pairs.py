@@ -11,10 +11,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from smda_callbacks.cli.output import Screen, add_json, change, count, number, screen, show_table, styled
 from smda_callbacks.cli.runs import run_folder
+
+if TYPE_CHECKING:
+    from smda_callbacks.sinks.store_reader import RunStore
+
+Quantity = Literal["effect", "share"]
 
 HELP = "which training pairs moved a behaviour or a feature most?"
 
@@ -25,6 +30,7 @@ coefficient) or feature:<SAE index>:y (how the behaviour did), or any other func
 
 _MEANING = {
     "effect": "Effect: what would be missing had the pair been left out of its steps.",
+    "audit": "Effect: what one update on the pair alone did to the audited model; there, share and effect are the same.",
     "share": "Share: what the pair's part of the updates did; shares and the ledger's other lines sum to the change.",
 }
 GAP = 3  # characters between two columns
@@ -48,23 +54,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank the pairs and print them."""
-    from smda_callbacks.report.ranking import ranked, unexplained_part, unit_of
-    from smda_callbacks.sinks.pair_table import column, pair_table
     from smda_callbacks.sinks.store_reader import RunStore
 
     out = screen(args)
     store = RunStore.open(run_folder(args.folder))
+    found = {"run": str(args.folder), **find_pairs(store, args.by, quantity=args.quantity, top=args.top)}
+    show_pairs(out, found)
+    out.emit(found)
+    return 0
+
+
+def find_pairs(
+    store: RunStore, by: str | None = None, *, quantity: Quantity = "effect", top: int = 20
+) -> dict[str, Any]:
+    """The pairs of a run that did most, and how much of the run that is; ``by``: a functional, the first if None.
+
+    Raises:
+        PairsError: the run attributes nothing to pairs.
+        ValueError: there is no such functional; names the nearest.
+    """
+    from smda_callbacks.report.ranking import ranked, unexplained_part, unit_of
+    from smda_callbacks.sinks.pair_table import column, pair_table
+
     table = pair_table(store.start, store.windows())
     if table is None:
-        raise PairsError(_nothing(args.folder, store.manifest))
-    name = args.by or table.functionals[0]
-    rows = ranked(table, store.policy, name, quantity=args.quantity, top=args.top)
+        raise PairsError(_nothing(store.path, store.manifest))
+    name = by or table.functionals[0]
+    rows = ranked(table, store.policy, name, quantity=quantity, top=top)
     place, attribution = column(table, name), store.manifest["attribution"]
-    found = {
-        "run": str(args.folder),
+    return {
         "kind": store.manifest.get("kind", "run"),
         "functional": name,
-        "quantity": args.quantity,
+        "quantity": quantity,
         "unit": unit_of(table, store.policy, name),
         "engine": attribution["engine"],
         "pairs": int(table.known.sum()),
@@ -75,12 +96,10 @@ def run(args: argparse.Namespace) -> int:
         "unattributed": float(table.lines["unattributed"][place]),
         "rows": rows,
     }
-    _show(out, found)
-    out.emit(found)
-    return 0
 
 
-def _show(out: Screen, found: dict[str, Any]) -> None:
+def show_pairs(out: Screen, found: dict[str, Any]) -> None:
+    """A table of what :func:`find_pairs` found, and what its columns mean."""
     rows, quantity, pairs = found["rows"], found["quantity"], count(found["pairs"], "pair")
     digits = _digits(found)
     names = list(dict.fromkeys(name for row in rows for name in row["columns"]))
@@ -92,7 +111,8 @@ def _show(out: Screen, found: dict[str, Any]) -> None:
     columns["text"] = lambda row: _cut(row["text"], max(room, NARROW))
     title = f"{found['functional']} in {found['unit']}: {len(rows)} of {pairs}, by {quantity}"
     show_table(out, title, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
-    for line in (_MEANING[quantity], _shifts(found), _covered(found, digits)):
+    meaning = _MEANING["audit" if found["kind"] == "audit" else quantity]
+    for line in (meaning, _shifts(found), _covered(found, digits)):
         out.say(line)
 
 

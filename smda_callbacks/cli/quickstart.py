@@ -134,6 +134,15 @@ def show_outcome(out: Screen, data: RunData) -> None:
     show_categories(out, data)
     show_features(out, data)
     show_gaps(out, data.store.gaps_start)
+    show_top_pairs(out, data)
+
+
+def show_top_pairs(out: Screen, data: RunData, most: int = 6) -> None:
+    """The training pairs that did most to refusal."""
+    from smda_callbacks.cli.pairs import find_pairs, show_pairs
+
+    out.say()
+    show_pairs(out, find_pairs(data.store, top=most))
 
 
 def show_categories(out: Screen, data: RunData) -> None:
@@ -197,6 +206,7 @@ def show_next(out: Screen, folder: Path, report: Path, wandb: str | None) -> Non
     out.say("Next", "bold")
     commands = {
         f"smda verify {folder / 'run'}": "recompute every number of the run from its store",
+        f"smda pairs {folder / 'run'} --by refusal:{PLANTED_GAP}": "which training pairs did it",
         f"smda report {folder / 'run'}": "write the report of a run, at any time",
     }
     if wandb is not None:

@@ -60,7 +60,7 @@ def build_plan(config: SMDAConfig) -> Plan:
         attribution=AttributionOptions(**config.attribution.model_dump()),
         on_error=measure.on_error,
         make_sinks=lambda args: build_sinks(config, args),
-        reopen_sinks=lambda args, past: build_sinks(config, args, past),
+        reopen_sinks=lambda args, past: build_sinks(config, args, past, resumed=True),
         config=config.model_dump(mode="json"),
         seed=config.seed,
     )
@@ -109,17 +109,18 @@ def build_sae(config: SAEConfig) -> SAEHandle:
     )
 
 
-def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None) -> Sequence[Sink]:
+def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None, *, resumed: bool = False) -> Sequence[Sink]:
     """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments.
 
-    With ``past``, those that go on with an earlier run, in its own folder whatever ``store.dir`` says.
+    With ``past``, those that go on with an earlier run, in its own folder whatever ``store.dir`` says. ``resumed``: the
+    training goes on from a checkpoint; without ``past`` it gets a folder beside ``store.dir`` if that is taken.
 
     Raises:
         StoreError: the folder cannot be written, or holds something already.
     """
     from smda_callbacks.sinks.store import StoreSink, check_writable
 
-    folder = past.store.path if past is not None else _new_folder(config, args)
+    folder = past.store.path if past is not None else _new_folder(config, args, resumed)
     check_writable(folder, resume=past is not None)
     sinks: list[Sink] = [StoreSink(folder, resume=past is not None)]
     if _wants_wandb(config, args):
@@ -131,8 +132,10 @@ def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None) -> Sequ
     return sinks
 
 
-def _new_folder(config: SMDAConfig, args: Any) -> Path:
-    return Path(config.store.dir) if config.store.dir else free_folder(Path(args.output_dir) / "smda")
+def _new_folder(config: SMDAConfig, args: Any, resumed: bool) -> Path:
+    if config.store.dir and not resumed:
+        return Path(config.store.dir)
+    return free_folder(Path(config.store.dir or Path(args.output_dir) / "smda"))
 
 
 def free_folder(path: Path) -> Path:

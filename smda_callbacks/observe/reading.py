@@ -145,7 +145,9 @@ def in_memory(read_one: Callable[[ProbeBatch], Part], batch: ProbeBatch) -> list
         rows,
         max(rows // 2, 1),
     )
-    return [part for half in (batch.rows(0, rows // 2), batch.rows(rows // 2, rows)) for part in in_memory(read_one, half)]
+    return [
+        part for half in (batch.rows(0, rows // 2), batch.rows(rows // 2, rows)) for part in in_memory(read_one, half)
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -133,8 +133,8 @@ def _check_content(path: Path, resume: bool) -> None:
         files.read_manifest(path)
         if not resume:
             raise StoreError(
-                f"{path} already holds a run, and a store is never overwritten. Choose another path (store.dir), also "
-                "where training resumes from a checkpoint; StoreSink itself goes on with a store with resume=True."
+                f"{path} already holds a run, and a store is never overwritten. Choose another path (store.dir). "
+                "A training that resumes from a checkpoint goes on with its store; a StoreSink does with resume=True."
             )
     elif names and names <= files.HEAD | {files.MANIFEST}:
         raise files.half_written(path)

@@ -35,8 +35,8 @@ from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.resume import (
     Earlier,
     keep_start,
+    make_sinks,
     read_again,
-    reopen,
     take_up,
     take_up_pairs,
     take_up_window,
@@ -65,7 +65,7 @@ class Monitor:
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
         self.book, self.measured, self.told_failures = AlertBook(), 0, set[str]()
         # First: a folder that cannot be written is refused at once.
-        self.sinks = tuple(plan.make_sinks(args) if earlier is None else reopen(earlier, plan, args))
+        self.sinks = tuple(make_sinks(plan, args, step, earlier))
         self.policy: PolicyRecord
         full = plan.instrument(model, tokenizer, plan.load_sae()).with_team(team)
         if earlier is not None:

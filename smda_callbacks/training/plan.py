@@ -24,8 +24,9 @@ from smda_callbacks.training.engine import AttributionOptions
 #: Makes the sinks of a run, given the trainer's arguments (transformers.TrainingArguments).
 SinkMaker = Callable[[Any], Sequence[Sink]]
 
-#: Makes the sinks that go on with an earlier run, given the trainer's arguments and what its store holds.
-SinkReopener = Callable[[Any, Past], Sequence[Sink]]
+#: Makes the sinks of a training that goes on from a checkpoint, given the trainer's arguments and what the store of its
+#: run holds; None where that cannot be gone on with, so that a new store is wanted beside it.
+SinkReopener = Callable[[Any, Past | None], Sequence[Sink]]
 
 
 @dataclass(frozen=True)

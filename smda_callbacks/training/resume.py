@@ -207,10 +207,11 @@ def check_same_state(earlier: Earlier, instrument: Instrument, reading: Reading)
         )
 
 
-def reopen(earlier: Earlier, plan: Plan, args: Any) -> Sequence[Sink]:
-    """The sinks that go on with the run."""
-    assert plan.reopen_sinks is not None
-    return plan.reopen_sinks(args, earlier.past)
+def make_sinks(plan: Plan, args: Any, step: int, earlier: Earlier | None) -> Sequence[Sink]:
+    """The sinks of a training that begins at ``step``, or goes on there with ``earlier``."""
+    if step == 0 or plan.reopen_sinks is None:
+        return plan.make_sinks(args)
+    return plan.reopen_sinks(args, None if earlier is None else earlier.past)
 
 
 def read_again(

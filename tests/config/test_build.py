@@ -19,6 +19,7 @@ from smda_callbacks.config.load import check_config
 from smda_callbacks.config.schema import AuditConfig, ProbesConfig, SMDAConfig
 from smda_callbacks.observe.probes import FORMATS, ProbeError
 from smda_callbacks.sinks.files import LOGGED, POLICY, StoreError
+from smda_callbacks.sinks.past import read_past
 from smda_callbacks.sinks.store import StoreSink, write_policy
 from smda_callbacks.sinks.wandb_sink import WandbSink
 from smda_callbacks.training.plan import Plan
@@ -307,3 +308,17 @@ def test_what_wandb_is_sent_is_noted_in_the_store(artifacts: bool) -> None:
     sink = tracker(build_plan(config_with(**{"wandb.artifacts": artifacts})))
     assert sink.logged_path == Path("out/smda") / LOGGED
     assert sink.store_path == (Path("out/smda") if artifacts else None)
+
+
+@pytest.mark.parametrize("folder", [None, "taken"])
+def test_a_training_that_goes_on_takes_its_own_store_or_a_new_one_beside_it(folder: str | None) -> None:
+    plan = build_plan(config_with(**({"store.dir": folder} if folder else {})))
+    taken = write_run(Path(folder or "out/smda"), make_run(windows=3))
+    assert plan.reopen_sinks is not None
+    again, tracker = plan.reopen_sinks(ARGS, read_past(taken, 4))
+    assert isinstance(again, StoreSink)
+    assert isinstance(tracker, WandbSink)
+    assert (again.path, again.resume, tracker.logged_path) == (taken, True, taken / "logged.jsonl")
+    new = plan.reopen_sinks(ARGS, None)[0]
+    assert isinstance(new, StoreSink)
+    assert (new.path, new.resume) == (taken.with_name(f"{taken.name}-2"), False)

@@ -24,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 from smda_callbacks.config.build import free_folder
 from smda_callbacks.observe.distil import DistilOptions
 from smda_callbacks.observe.sae import load_sae
+from smda_callbacks.sinks.past import Past
 from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
@@ -60,6 +61,14 @@ class Stop(TrainerCallback):
             raise Stopped
 
 
+def _free(args: Any) -> Path:
+    return free_folder(Path(args.output_dir) / "smda")
+
+
+def _reopen(args: Any, past: Past | None) -> list[StoreSink]:
+    return [StoreSink(_free(args)) if past is None else StoreSink(past.store.path, resume=True)]
+
+
 def make_plan(sae: Path, **options: Any) -> Plan:
     """A plan whose stores lie in the trainer's folder: ``smda``, ``smda-2`` and so on.
 
@@ -72,8 +81,8 @@ def make_plan(sae: Path, **options: Any) -> Plan:
         "distil": DistilOptions(support=6, min_active=3, cv_folds=3),
         "noise_draws": 1,
         "attribution": AttributionOptions("ghost", renew=None, momentum="line"),
-        "make_sinks": lambda args: [StoreSink(free_folder(Path(args.output_dir) / "smda"))],
-        "reopen_sinks": lambda args, past: [StoreSink(past.store.path, resume=True)],
+        "make_sinks": lambda args: [StoreSink(_free(args))],
+        "reopen_sinks": _reopen,
         "on_error": "raise",
     }
     return Plan(**{**settings, **options})

@@ -362,14 +362,14 @@ class Trainings:
         while self._line() != "ready":
             pass
 
-    def run(self, seconds: float | None = None) -> int:
-        """Train; kill it after so many seconds. Returns the exit code: -9 where it was killed."""
+    def run(self, moment: Callable[[], None] | None = None) -> int:
+        """Train, and kill it when ``moment`` has passed. Returns the exit code: -9 where it was killed."""
         assert self.server.stdin is not None
         self.server.stdin.write("go\n")
         while not (said := self._line()).isdigit():  # the trainer's own prints
             pass
-        if seconds is not None:
-            time.sleep(seconds)
+        if moment is not None:
+            moment()
             os.kill(int(said), signal.SIGKILL)
         while not (said := self._line()).lstrip("-").isdigit():
             pass
@@ -408,13 +408,29 @@ def _check_killed(folder: Path) -> int:
     return reached
 
 
-def _kill_loop(folder: Path, kills: int, steps: int, seconds: float) -> list[int]:
+def _reached(folder: Path) -> int:
+    return max((list_steps(path)[-1] for path in folder.glob("smda*") if list_steps(path)), default=0)
+
+
+def _kill_loop(folder: Path, kills: int, steps: int) -> list[int]:
     """Kill a training so often, at random moments; let it end; check all. Returns the steps reached at each kill."""
     rng, reached = random.Random(0), []
     trainings = Trainings(folder, steps)
+
+    def moment() -> None:
+        """While it starts, or at any point of some step within reach; the machine's speed does not matter."""
+        now = _reached(folder)
+        target = now + rng.randint(-2, 9)
+        if target < now:
+            time.sleep(rng.uniform(0.05, 0.8))
+        until = time.monotonic() + 60
+        while _reached(folder) < target and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.1))
+
     try:
         for _ in range(kills):
-            assert trainings.run(rng.uniform(0.05, seconds)) == -signal.SIGKILL, "it ended before it was killed"
+            assert trainings.run(moment) == -signal.SIGKILL
             reached.append(_check_killed(folder))
         assert trainings.run() == 0, (folder / "log.txt").read_text()[-3000:]
     finally:
@@ -428,12 +444,12 @@ def _kill_loop(folder: Path, kills: int, steps: int, seconds: float) -> list[int
 
 
 def test_two_kills_leave_no_hole(tmp_path: Path) -> None:
-    _kill_loop(tmp_path, kills=2, steps=25, seconds=2.5)
+    _kill_loop(tmp_path, kills=2, steps=26)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_twenty_four_kills_leave_no_hole(tmp_path: Path) -> None:
-    reached = _kill_loop(tmp_path, kills=24, steps=400, seconds=3.0)
+    reached = _kill_loop(tmp_path, kills=24, steps=350)
     assert len(set(reached)) > 5
     print(f"steps reached at the kills: {reached}")
