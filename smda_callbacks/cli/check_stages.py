@@ -136,7 +136,7 @@ def _check_policy(bench: Bench) -> None:
     from smda_callbacks.cli.distill import facts_of
     from smda_callbacks.observe.distil import distil
     from smda_callbacks.training.booking import gaps_of, refit
-    from smda_callbacks.training.monitor import check_policy
+    from smda_callbacks.training.policy_check import check_policy
 
     plan, full = _known(bench.plan), _known(bench.instrument)
     if plan.policy is None:

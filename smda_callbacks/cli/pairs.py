@@ -30,7 +30,7 @@ coefficient) or feature:<SAE index>:y (how the behaviour did), or any other func
 
 _MEANING = {
     "effect": "Effect: what would be missing had the pair been left out of its steps.",
-    "audit": "Effect: what one update on the pair alone did to the audited model; there, share and effect are the same.",
+    "audit": "Effect: what one update on the pair alone did to the audited model. Its share is the same.",
     "share": "Share: what the pair's part of the updates did; shares and the ledger's other lines sum to the change.",
 }
 GAP = 3  # characters between two columns

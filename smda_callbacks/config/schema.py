@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -137,7 +137,7 @@ class AttributionConfig(Section):
 
     engine: EngineName = "auto"
     every: int = Field(1, ge=1)
-    features: int | None = Field(8, ge=1)
+    features: Annotated[int, Field(ge=1)] | tuple[int, ...] | None = 8
     renew: int | None = Field(2, ge=1)
     momentum: Literal["carry", "line"] = "carry"
     memory_gib: float = Field(4.0, gt=0)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 import numpy as np
 
 from smda_callbacks.maths.formula import format_policy
+from smda_callbacks.records import PairBook
 from smda_callbacks.report import figures_behaviour, figures_health, figures_policy, tables, texts, texts_pairs
 from smda_callbacks.report.data import RunData, gaps_now
 from smda_callbacks.report.gap_pairs import pairs_behind_gaps
 from smda_callbacks.report.head import head
-from smda_callbacks.report.markup import Html, count, element, fixed, join, percent, token
+from smda_callbacks.report.markup import Html, count, element, fixed, join, number, percent, token
 from smda_callbacks.report.pairs_data import has_pairs, pair_data
 from smda_callbacks.report.section import Page, Section, feature_warning, say
 from smda_callbacks.report.sections_groups import groups_section, interference_section
@@ -176,7 +178,27 @@ def _cost(page: Page) -> Html:
     if data.end is not None and data.end.train_seconds > 0:
         share = percent(data.end.seconds / data.end.train_seconds)
         text += f" That is {share} of the {fixed(data.end.train_seconds, 1)} s that the run took, measuring included."
-    return join([element("p", text), page.figure("cost", figures_health.cost_bars(data), texts.COST_CAPTION)])
+    books = [(window.step, window.pairs) for window in data.windows if window.pairs is not None]
+    return join(
+        [
+            element("p", text),
+            element("p", _attribution_cost(books)) if books else None,
+            page.figure("cost", figures_health.cost_bars(data), texts.COST_CAPTION),
+        ]
+    )
+
+
+def _attribution_cost(books: Sequence[tuple[int, PairBook]]) -> str:
+    """What attributing pairs took, and how far its parts are from what really happened."""
+    step, worst = max(books, key=lambda each: each[1].update_error)
+    captured = max(book.capture_error for _, book in books)
+    return (
+        f"Attributing {count(len(books), 'window')} to pairs took {fixed(sum(book.seconds for _, book in books), 1)} s "
+        "of it, the readings with gradients included; gradients of single pairs held at most "
+        f"{fixed(max(book.held_bytes for _, book in books) / 2**20, 1)} MiB. Their sum differs from the optimizer's "
+        f"gradient by at most {number(captured, 2)} of it, and the parts of an update miss at most "
+        f"{number(worst.update_error, 2)} of it (step {step}; large where AdamW divides tiny gradients by themselves)."
+    )
 
 
 def _check(page: Page) -> Html:

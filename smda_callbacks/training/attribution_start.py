@@ -13,7 +13,7 @@ from torch import nn
 from smda_callbacks.maths.functionals import FunctionalSet, functional_set, measured
 from smda_callbacks.observe.batches import chat_prompt
 from smda_callbacks.observe.instrument import Instrument
-from smda_callbacks.observe.lora import lora_sites
+from smda_callbacks.observe.lora import AttributionError, lora_sites
 from smda_callbacks.observe.pair_gradients import PairCapture
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.training.attribution import Attributor
@@ -102,13 +102,18 @@ def start_attribution(
     return Attribution(choice, attributor, _manifest(options, choice, functionals, index))
 
 
-def functionals_of(instrument: Instrument, policy: PolicyRecord, features: int | None, *, exact: bool) -> FunctionalSet:
+def functionals_of(
+    instrument: Instrument, policy: PolicyRecord, features: int | tuple[int, ...] | None, *, exact: bool
+) -> FunctionalSet:
     """The functionals of a run: behaviours of all groups, and the coefficients of attributed features.
 
-    ``features``: how many, the largest coefficients first; None, and an exact engine, take all.
+    ``features``: how many, the largest coefficients first, or which SAE indices. None takes all, and so does a number
+    where the engine is exact, to which features cost nothing.
+
+    Raises:
+        AttributionError: a feature is not in the policy; names those that are.
     """
-    order = np.argsort(-np.abs(policy.coef).sum(axis=1), kind="stable")
-    chosen = range(len(order)) if exact or features is None else sorted(order[:features].tolist())
+    chosen = _chosen(policy, None if exact and isinstance(features, int) else features)
     probes = instrument.probes.probes
     categories = list(dict.fromkeys(probe.category for probe in probes))
     expected = {probe.category: probe.expected for probe in probes}
@@ -118,10 +123,27 @@ def functionals_of(instrument: Instrument, policy: PolicyRecord, features: int |
         refuse=[expected[name] == "refuse" for name in categories],
         groups=instrument.probes.groups,
         features=policy.features.tolist(),
-        attributed=list(chosen),
+        attributed=chosen,
         target=policy.target,
         gating=exact,
     )
+
+
+def _chosen(policy: PolicyRecord, features: int | tuple[int, ...] | None) -> list[int]:
+    """Positions of the attributed features in the policy."""
+    known = policy.features.tolist()
+    if features is None:
+        return list(range(len(known)))
+    if isinstance(features, int):
+        order = np.argsort(-np.abs(policy.coef).sum(axis=1), kind="stable")
+        return sorted(order[:features].tolist())
+    missing = [feature for feature in features if feature not in known]
+    if missing:
+        raise AttributionError(
+            f"attribution.features names {', '.join(map(str, missing))}, which the policy does not hold. Allowed: "
+            f"{', '.join(map(str, known))}. Next step: name some of these, or a number of features."
+        )
+    return sorted(known.index(feature) for feature in dict.fromkeys(features))
 
 
 def prompt_marker(tokenizer: Any) -> tuple[int, ...] | None:

@@ -37,8 +37,8 @@ from smda_callbacks.training.audit_start import (
 )
 from smda_callbacks.training.audit_step import Adapter, AuditOptions, fresh_adapter, train_on
 from smda_callbacks.training.booking import book_window, gaps_of, refit
-from smda_callbacks.training.monitor import check_policy
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.policy_check import check_policy
 
 logger = logging.getLogger("smda_callbacks")
 

@@ -23,8 +23,9 @@ class AttributionOptions:
 
     ``engine``: ``ghost`` (first order, through gradients), ``exact`` (every pair's update applied and measured),
     ``off``, or ``auto``: the cheaper one, off where neither can be right. ``every``: attribute every so many windows.
-    ``features``: how many of the policy's features to attribute, the largest coefficients first; None: all. ``renew``:
-    of how many the gradients through pre-activations are taken anew at every reading, in turn; None: of all.
+    ``features``: how many of the policy's features to attribute, the largest coefficients first, or which ones (SAE
+    indices); None: all. ``renew``: of how many the gradients through pre-activations are taken anew at every reading,
+    in turn; None: of all.
     ``momentum``: ``carry`` books what a gradient does through the momentum in later steps to its pair, as far as memory
     allows; ``line`` leaves it in a line of its own. ``memory_gib``: most memory for gradients of pairs, of a step and
     of those carried, each. ``intended``: how many features a pair is said to be about. ``text``: keep the pairs' text
@@ -33,7 +34,7 @@ class AttributionOptions:
 
     engine: EngineName = "auto"
     every: int = 1
-    features: int | None = 8
+    features: int | tuple[int, ...] | None = 8
     renew: int | None = 2
     momentum: Literal["carry", "line"] = "carry"
     memory_gib: float = 4.0
@@ -48,7 +49,7 @@ class AttributionOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"attribution.{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("features", "renew"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
+            if isinstance(getattr(self, name), int) and getattr(self, name) < 1:
                 raise ValueError(f"attribution.{name} must be at least 1, or null for all, got {getattr(self, name)}.")
         if not self.memory_gib > 0:
             raise ValueError(f"attribution.memory_gib must be above 0, got {self.memory_gib}.")
@@ -137,7 +138,8 @@ def _cheaper(options: AttributionOptions, model: nn.Module, args: Any, site: Hoo
     """By the number of probe readings that each engine costs per step; a backward pass counts as two."""
     pairs = int(args.per_device_train_batch_size) * int(args.gradient_accumulation_steps)
     depth = (site.layer + 1) / len(decoder_layers(model))
-    ghost = 3 + 2 * depth * min(each for each in (options.features, options.renew, 16) if each is not None)
+    chosen = len(options.features) if isinstance(options.features, tuple) else options.features
+    ghost = 3 + 2 * depth * min(each for each in (chosen, options.renew, 16) if each is not None)
     exact = 3 * pairs + 4
     said = f"about {ghost:.0f} probe readings per attributed step, exact about {exact:.0f}"
     try:

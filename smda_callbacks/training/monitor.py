@@ -13,7 +13,6 @@ from tqdm.auto import tqdm
 
 from smda_callbacks.observe.distil import distil
 from smda_callbacks.observe.health import HealthMeter
-from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
 from smda_callbacks.observe.sharding import Team
@@ -32,6 +31,7 @@ from smda_callbacks.training.attribution_start import Trainer, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.policy_check import check_policy
 from smda_callbacks.training.resume import (
     Earlier,
     keep_start,
@@ -271,32 +271,3 @@ class Monitor:
                 what,
                 exc_info=logger.isEnabledFor(logging.DEBUG),
             )
-
-
-def check_policy(policy: PolicyRecord, instrument: Instrument) -> None:
-    """Refuse a saved policy of other probes, another SAE, or other behaviours.
-
-    Raises:
-        ValueError: says what differs.
-    """
-    handle = instrument.handle
-    advice = "Next step: distil one for this run (leave policy.path out), or use what the policy was made with."
-    if policy.probe_hash != instrument.probes.hash:
-        raise ValueError(
-            f"the policy was distilled on other probes (hash {policy.probe_hash[:12]}) than this run's "
-            f"({instrument.probes.hash[:12]}). {advice}"
-        )
-    if policy.sae_id != handle.id:
-        raise ValueError(
-            f"the policy was distilled with SAE {policy.sae_id!r}, but this run reads {handle.id!r}. {advice}"
-        )
-    if policy.features.max() >= handle.d_sae:
-        raise ValueError(
-            f"the policy names feature {policy.features.max()}, but the SAE has features 0 to {handle.d_sae - 1}. "
-            f"{advice}"
-        )
-    if (policy.behaviours, policy.target) != (instrument.behaviours, instrument.target):
-        raise ValueError(
-            f"the policy predicts the {policy.target} of {policy.behaviours}, but this run scores the "
-            f"{instrument.target} of {instrument.behaviours}. {advice}"
-        )

@@ -371,3 +371,19 @@ def test_gradients_that_do_not_fit_into_memory_cost_the_pairs_only(
     assert [window.status for window in sink.windows] == ["ok"] * 4
     assert [window.pairs is not None for window in sink.windows] == [True, False, True, True]
     assert "lower measure.batch_size" in caplog.text
+
+
+def test_features_by_number_and_by_name(plan: Plan, sink: MemorySink, trainer: Make) -> None:
+    trainer(MeasuringCallback(attributed(plan, features=2)), max_steps=1).train()
+    assert sink.start is not None
+    policy, names = sink.start.policy, sink.start.manifest["attribution"]["functionals"]
+    largest = sorted(policy.features[np.argsort(-np.abs(policy.coef[:, 0]))[:2]].tolist())
+    assert sorted({int(name.split(":")[1]) for name in names if name.startswith("feature:")}) == largest
+    last, other = int(policy.features[-1]), MemorySink()
+    plan = replace(plan, make_sinks=lambda _: [other])
+    trainer(MeasuringCallback(attributed(plan, features=(last,))), max_steps=1).train()
+    assert other.start is not None
+    names = other.start.manifest["attribution"]["functionals"]
+    assert [name for name in names if name.startswith("feature:")] == [f"feature:{last}:x", f"feature:{last}:y"]
+    with pytest.raises(AttributionError, match=r"names 99999.*Allowed: .*" + str(last)):
+        trainer(MeasuringCallback(attributed(plan, features=(99999,))), max_steps=1).train()
