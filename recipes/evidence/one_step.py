@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 
 from smda_callbacks.cli.quickstart_run import build, environment
 from smda_callbacks.maths.functionals import measured
@@ -154,7 +155,8 @@ def run_seed(seed: int, steps: int, learning_rate: float | None = None) -> dict[
         )
         loo = LeaveOneOut(work.callback, sink)
         work.trainer.add_callback(loo)
-        work.trainer.args.max_steps, work.trainer.args.report_to = steps, []
+        work.trainer.remove_callback(WandbCallback)
+        work.trainer.args.max_steps = steps
         if learning_rate is not None:
             work.trainer.args.learning_rate = learning_rate
         work.trainer.train()

@@ -138,7 +138,7 @@ class AttributionConfig(Section):
     engine: EngineName = "auto"
     every: int = Field(1, ge=1)
     features: Annotated[int, Field(ge=1)] | tuple[int, ...] | None = 8
-    renew: int | None = Field(2, ge=1)
+    renew: int | None = Field(1, ge=1)
     momentum: Literal["carry", "line"] = "carry"
     memory_gib: float = Field(4.0, gt=0)
     intended: int = Field(4, ge=1)

@@ -166,7 +166,9 @@ def per_row(seen: Tensor, gradient: Tensor) -> Tensor:
     """Gradient of a site's weight for every row of a batch: ``[row, token, in]``, ``[row, token, out]`` ->
     ``[row, out * in]`` float32 (float64 for float64 models)."""
     seen, gradient = _at_least_float32(seen), _at_least_float32(gradient)
-    return torch.bmm(gradient.transpose(1, 2), seen).flatten(1)
+    # The recomputation of gradient checkpointing calls this inside of training's autocast, which would round to bf16.
+    with torch.autocast(seen.device.type, enabled=False):
+        return torch.bmm(gradient.transpose(1, 2), seen).flatten(1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ activations need a backward pass each, from the SAE's hook downwards only.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from smda_callbacks.maths.functionals import FunctionalSet, slopes
 from smda_callbacks.maths.local_slopes import basis_size, local_slopes, mixing
 from smda_callbacks.maths.pathways import State
-from smda_callbacks.observe.activations import HookSite, captured
+from smda_callbacks.observe.activations import HookSite, captured, decoder_layers
 from smda_callbacks.observe.batches import ProbeBatch
 from smda_callbacks.observe.behaviour import score, score_slopes
-from smda_callbacks.observe.features import pool
+from smda_callbacks.observe.features import Readout, pool
 from smda_callbacks.observe.guard import measuring
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.lora import AttributionError, LoraSite, per_row, tapped
@@ -129,7 +129,7 @@ def _add_features(
     device = next(model.parameters()).device
     with measuring(model, gradients=True):
         for batch in instrument.batches.batches:
-            stream = _prompt_pass(model, batch.to(device), instrument.handle.site)
+            stream = _prompt_pass(model, batch.to(device), instrument.handle.site, instrument.readout)
             stream = stream[:, -1:] if instrument.readout == "last" else stream
             pre, _ = pool(*instrument.encode(stream), batch.span.to(device), instrument.readout)
             weights = torch.from_numpy(slope[moving][:, batch.index.numpy()]).to(pre)
@@ -145,8 +145,11 @@ class _Enough(Exception):
     """Ends a forward pass when the hook was reached."""
 
 
-def _prompt_pass(model: Any, batch: ProbeBatch, site: HookSite) -> Tensor:
-    """The residual stream ``[row, width + 1, d]`` of the prompts alone, computed no further than the hook."""
+def _prompt_pass(model: Any, batch: ProbeBatch, site: HookSite, readout: Readout) -> Tensor:
+    """The residual stream ``[row, width + 1, d]`` of the prompts alone, computed no further than the hook.
+
+    With read-out ``last`` it is right at the last token only: the hook's layer computes its MLP for no other.
+    """
     end = batch.width + 1
     prompt = ProbeBatch(
         batch.index, batch.lengths, batch.input_ids[:, :end], batch.position_ids[:, :end],
@@ -159,7 +162,8 @@ def _prompt_pass(model: Any, batch: ProbeBatch, site: HookSite) -> Tensor:
             raise _Enough
 
     seen = Stop()
-    with captured(model, site, into=seen), contextlib.suppress(_Enough):
+    last_only = _mlp_of_last(model, site) if readout == "last" else contextlib.nullcontext()
+    with captured(model, site, into=seen), last_only, contextlib.suppress(_Enough):
         model(
             input_ids=prompt.input_ids,
             attention_mask=masks(model, prompt),
@@ -167,6 +171,24 @@ def _prompt_pass(model: Any, batch: ProbeBatch, site: HookSite) -> Tensor:
             use_cache=False,
         )
     return seen[0]
+
+
+@contextlib.contextmanager
+def _mlp_of_last(model: nn.Module, site: HookSite) -> Iterator[None]:
+    """Context in which the MLP of the hook's layer gets the last token alone.
+
+    What it adds to the residual stream is then added at every token, and right at the last. Most of a layer's cost is
+    its MLP, and the gradient reaches the hook's layer at the last token only.
+    """
+    mlp = getattr(decoder_layers(model)[site.layer], "mlp", None) if site.kind == "resid_post" else None
+    if mlp is None:
+        yield
+        return
+    handle = mlp.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]) if args else None)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _backward(value: Tensor, sites: tuple[LoraSite, ...], *, keep: bool) -> tuple[Tensor | None, ...]:

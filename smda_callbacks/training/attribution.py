@@ -253,8 +253,9 @@ class Attributor:
 
     def _describe(self, numbers: Sequence[int]) -> tuple[Pair, ...]:
         fresh = [number for number in dict.fromkeys(numbers) if number not in self._described]
-        self._described.update(fresh)
-        return tuple(self.index.describe(number) for number in fresh)
+        seen = tuple(self.index.describe(number) for number in fresh)
+        self._described.update(fresh)  # only now: one that cannot be described is tried again
+        return seen
 
 
 #: Beyond this the captured gradients are not those of the training. bf16 rounds to about 0.002.

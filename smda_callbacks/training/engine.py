@@ -35,7 +35,7 @@ class AttributionOptions:
     engine: EngineName = "auto"
     every: int = 1
     features: int | tuple[int, ...] | None = 8
-    renew: int | None = 2
+    renew: int | None = 1
     momentum: Literal["carry", "line"] = "carry"
     memory_gib: float = 4.0
     intended: int = 4

@@ -121,7 +121,11 @@ class Ghost:
             raise RuntimeError("the window was not read with gradients at its start and its end")
         end = self._last
         mean = tuple((a + b) / 2 for a, b in zip(self._before, end, strict=True))
-        parts = [self._step(step, mean, end) for step in steps]
+        try:
+            parts = [self._step(step, mean, end) for step in steps]
+        except Exception:
+            self.close()  # some steps are remembered and others are not: their ages would be wrong
+            raise
         return Parts(
             own=tuple(each.own[0] for each in parts),
             later=tuple(entry for each in parts for entry in each.later),

@@ -77,7 +77,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
     "attribution.engine": ("exact", "exact", lambda plan: plan.attribution.engine),
     "attribution.every": (3, 3, lambda plan: plan.attribution.every),
     "attribution.features": (5, 5, lambda plan: plan.attribution.features),
-    "attribution.renew": (1, 1, lambda plan: plan.attribution.renew),
+    "attribution.renew": (3, 3, lambda plan: plan.attribution.renew),
     "attribution.momentum": ("line", "line", lambda plan: plan.attribution.momentum),
     "attribution.memory_gib": (1.5, 1.5, lambda plan: plan.attribution.memory_gib),
     "attribution.intended": (2, 2, lambda plan: plan.attribution.intended),

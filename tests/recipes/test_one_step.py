@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import wandb
 from scipy.stats import spearmanr
+from transformers.integrations import WandbCallback
 
 from recipes.evidence import one_step
 from smda_callbacks.cli.quickstart_run import build, environment
@@ -39,6 +41,7 @@ def test_one_step_of_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert found["refusal_r"] > 0.98
     assert found["policy_r"] > 0.94
     assert json.loads(capsys.readouterr().out) == found
+    assert wandb.run is None
 
 
 @pytest.mark.slow
@@ -63,7 +66,8 @@ def quickstart_books(folder: Path, engine: Any) -> list[PairBook]:
         work.callback.plan = replace(
             work.callback.plan, attribution=options, make_sinks=lambda _: [sink], on_error="raise", noise_draws=0
         )
-        work.trainer.args.max_steps, work.trainer.args.report_to = 4, []
+        work.trainer.remove_callback(WandbCallback)
+        work.trainer.args.max_steps = 4
         work.trainer.train()
     assert sink.start is not None
     assert all(name.startswith("refusal:") for name in sink.start.manifest["attribution"]["functionals"][:44])

@@ -23,6 +23,7 @@ from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.ghost import Ghost, StepUpdate
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.row_identity import PairIndex
 from tests.helpers.tiny import tiny_model
 from tests.training.conftest import CHECKPOINTING
 
@@ -353,6 +354,60 @@ def test_bf16_says_how_ill_conditioned_the_first_steps_are(plan: Plan, sink: Mem
         assert 1e-4 < book.update_error < 1  # float32: below 1e-5
         assert book.capture_error < 0.02
         assert balance_error(book.lines, book.share, book.later_share) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_bf16_with_checkpointing_is_attributed(plan: Plan, sink: MemorySink, trainer: Make, reentrant: bool) -> None:
+    """The recomputation runs inside of autocast; gradients of pairs stay float32."""
+    watched = MeasuringCallback(attributed(plan))
+    found = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            assert watched.monitor is not None
+            assert watched.monitor.attributor is not None
+            found.append({each.dtype for each in watched.monitor.attributor._capture.take().gradients})
+
+    checkpointing = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": reentrant}}
+    trainer(watched, Look(), bf16=True, **checkpointing).train()
+    assert found == [{torch.float32}] * 4
+    assert len(books(sink)) == 4
+    assert max(book.capture_error for book in books(sink)) < 0.02
+
+
+def test_a_book_that_fails_leaves_no_half_remembered_momentum(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are remembered one by one; after a failure between two of them, ages would be counted wrongly."""
+    real, calls = Ghost._own, list[int]()
+
+    def own(self: Ghost, *given: Any) -> Any:
+        calls.append(len(self._past))
+        if len(calls) == 4:
+            raise RuntimeError("broken")
+        return real(self, *given)
+
+    monkeypatch.setattr(Ghost, "_own", own)
+    watched = MeasuringCallback(replace(attributed(plan), on_error="warn", every=2))
+    trainer(watched, max_steps=6).train()
+    assert [window.pairs is not None for window in sink.windows] == [True, False, True]
+    assert calls[4:] == [0, 1]
+
+
+def test_pairs_that_could_not_be_described_are_described_later(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = PairIndex.describe, list[int]()
+
+    def describe(self: PairIndex, number: int) -> Any:
+        calls.append(number)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return real(self, number)
+
+    monkeypatch.setattr(PairIndex, "describe", describe)
+    trainer(MeasuringCallback(replace(attributed(plan), on_error="warn")), max_steps=20).train()
+    assert {pair.id for window in sink.windows for pair in window.pairs_seen} == set(range(20))
 
 
 def test_gradients_that_do_not_fit_into_memory_cost_the_pairs_only(
