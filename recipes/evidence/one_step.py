@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbCallback
 
 from smda_callbacks.cli.quickstart_run import build, environment
 from smda_callbacks.maths.functionals import measured

@@ -170,13 +170,11 @@ class PairCapture:
         self._keep_prompts(output[0] if isinstance(output, tuple) else output)
 
     def _before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._keep_prompts(args[0] if args else kwargs.get("hidden_states"))
+        self._keep_prompts(args[0] if args else kwargs["hidden_states"])
 
-    def _keep_prompts(self, stream: Any) -> None:
-        if self._expected is None or not torch.is_grad_enabled():
+    def _keep_prompts(self, stream: Tensor) -> None:
+        if self._expected is None or not torch.is_grad_enabled() or stream.shape[:2] != self._shape:
             return
-        if not torch.is_tensor(stream) or stream.shape[:2] != self._shape:
-            return  # a layer of another kind: prompts stay unknown
         first = len(self._examples) - len(self._expected)
         for number, each in enumerate(self._expected):
             if each.prompt_end is not None:

@@ -114,6 +114,7 @@ class Attributor:
             if not is_out_of_memory(error):
                 raise
             self.skip("out of memory for gradients through the probes. Next step: lower measure.batch_size")
+            self.engine.close()  # the gradients kept are those of another reading: no window may start at them
         else:
             if self._window is not None:
                 self._window.seconds += time.perf_counter() - began

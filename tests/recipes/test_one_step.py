@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import wandb
 from scipy.stats import spearmanr
-from transformers.integrations import WandbCallback
+from transformers.integrations.integration_utils import WandbCallback
 
 from recipes.evidence import one_step
 from smda_callbacks.cli.quickstart_run import build, environment

@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from smda_callbacks.maths.ledger import balance_error
+from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError
 from smda_callbacks.observe.sequences import split_batch
 from smda_callbacks.records import LINES, PairBook
@@ -354,6 +355,34 @@ def test_bf16_says_how_ill_conditioned_the_first_steps_are(plan: Plan, sink: Mem
         assert 1e-4 < book.update_error < 1  # float32: below 1e-5
         assert book.capture_error < 0.02
         assert balance_error(book.lines, book.share, book.later_share) < 1e-12
+
+
+def test_no_window_starts_at_gradients_of_an_earlier_reading(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 2 is read with gradients but fails, step 3 has no memory for them: step 4 needs those of step 3."""
+    read, snapshot, readings, failed = Ghost.read, Instrument.snapshot, list[float](), list[int]()
+
+    def weights(model: Any) -> float:
+        return float(sum(each.double().sum() for each in model.parameters() if each.requires_grad))
+
+    def reading(self: Ghost, model: Any) -> Any:
+        readings.append(weights(model))
+        if len(readings) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return read(self, model)
+
+    def at(self: Instrument, step: int, given: Any) -> Any:
+        if step == 2 and not failed:
+            failed.append(step)
+            raise RuntimeError("broken")
+        return snapshot(self, step, given)
+
+    monkeypatch.setattr(Ghost, "read", reading)
+    monkeypatch.setattr(Instrument, "snapshot", at)
+    trainer(MeasuringCallback(replace(attributed(plan, every=2), on_error="warn"))).train()
+    assert [window.status for window in sink.windows] == ["ok", "failed", "ok", "ok"]
+    assert readings[4] == readings[3]  # taken again, at the weights where memory had not sufficed
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
