@@ -66,6 +66,7 @@ class PairCapture:
         self._expected: list[Sequence] | None = None  # examples of the micro-batch that is going through
         self._shape: tuple[int, ...] = ()
         self._error: str | None = None
+        self._parts: list[list[Tensor]] = []  # per site, a tensor per micro-batch
         self._clear()
 
     def attach(self) -> None:
@@ -109,11 +110,15 @@ class PairCapture:
         gradients = tuple(torch.cat(parts) for parts in self._parts)
         return Captured(tuple(self._examples), gradients, tuple(self._prompts))
 
+    def release(self) -> None:
+        """Let go of the gradients that ``take`` has given."""
+        self._parts = [[] for _ in self.sites]
+
     def _clear(self) -> None:
         self._expected, self._shape, self._error = None, (), None
         self._examples: list[Sequence] = []
         self._prompts: list[Tensor | None] = []
-        self._parts: list[list[Tensor]] = [[] for _ in self.sites]
+        self._parts = [[] for _ in self.sites]
         self._held = 0
 
     def _begin(self, examples: list[Sequence], shape: tuple[int, ...]) -> None:
@@ -167,12 +172,15 @@ class PairCapture:
         return torch.cat([per_row(seen[place], gradient[place]) for place in places])
 
     def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._keep_prompts(output[0] if isinstance(output, tuple) else output)
+        self._keep_prompts(output)
 
     def _before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._keep_prompts(args[0] if args else kwargs["hidden_states"])
+        self._keep_prompts(args[0] if args else kwargs.get("hidden_states"))
 
-    def _keep_prompts(self, stream: Tensor) -> None:
+    def _keep_prompts(self, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        if not isinstance(stream, Tensor) or stream.dim() != 3:  # of no model that the SAE can be read from
+            return
         if self._expected is None or not torch.is_grad_enabled() or stream.shape[:2] != self._shape:
             return
         first = len(self._examples) - len(self._expected)

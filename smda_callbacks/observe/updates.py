@@ -45,6 +45,12 @@ class SiteUpdate:
     clip: float  # c: gradient = c * rows.sum(0), up to rounding
     reclip: Tensor  # [example], clipping without the example over clipping with it
 
+    @property
+    def bytes(self) -> int:
+        """Memory of the gradients and of what was copied of the optimizer's state."""
+        held = (self.rows, self.gradient, self.before.weight, self.before.first, self.before.second)
+        return sum(each.element_size() * each.numel() for each in held if each is not None)
+
     def of_examples(self, rows: list[int]) -> SiteUpdate:
         """The same step with these examples only."""
         return replace(self, rows=self.rows[rows], reclip=self.reclip[rows])
@@ -186,13 +192,20 @@ class SGDRule(Rule):
 KNOWN = "torch.optim.AdamW (adamw_torch, adamw_torch_fused), torch.optim.Adam without weight decay, torch.optim.SGD"
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Refuse an optimizer whose update cannot be split over examples.
+def check_optimizer(optimizer: Any, sites: tuple[LoraSite, ...] = ()) -> None:
+    """Refuse an optimizer whose update cannot be split over examples, or that does not train all of ``sites``.
 
     Raises:
         AttributionError: names it, and those that can.
     """
     inner = _inner(optimizer)
+    trained = {id(weight) for group in inner.param_groups for weight in group["params"]}
+    left_out = [site.name for site in sites if id(site.weight) not in trained]
+    if left_out:
+        raise AttributionError(
+            f"the optimizer does not train {left_out[0]} ({len(left_out)} LoRA matrices in all), though it requires a "
+            "gradient. Next step: give the optimizer all trainable parameters, or freeze it."
+        )
     fault = _fault(inner)
     if fault:
         raise AttributionError(

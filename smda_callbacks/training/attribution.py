@@ -156,13 +156,15 @@ class Attributor:
         for number, prompt in zip(ids, captured.prompts, strict=True):
             if prompt is not None:
                 window.prompts[number] = prompt
-        window.held += captured.bytes
+        self._capture.release()
+        step = StepUpdate(ids, updates)
+        window.held += step.bytes
         if window.held > self.options.limit:
             raise AttributionError(
                 f"the gradients of this window's pairs need more than the {self.options.memory_gib:g} GiB of "
                 "attribution.memory_gib. Next step: raise it, or lower measure.every"
             )
-        window.steps.append(StepUpdate(ids, updates))
+        window.steps.append(step)
         window.capture_error = max(window.capture_error, error)
 
     def end(self) -> None:

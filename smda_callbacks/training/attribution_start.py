@@ -55,13 +55,16 @@ def start_attribution(
     policy: PolicyRecord,
     *,
     user_dataset: Any = None,
+    every: int = 1,
 ) -> Attribution:
     """Choose the engine and build what it needs.
 
     Raises:
         AttributionError: the engine that was asked for by name cannot be right here.
     """
-    choice = choose_engine(options, model, trainer.optimizer, trainer.args, trainer.columns, instrument.handle.site)
+    choice = choose_engine(
+        options, model, trainer.optimizer, trainer.args, trainer.columns, instrument.handle.site, every
+    )
     if choice.engine == "off":
         return Attribution(choice, None, {"engine": "off", "why": choice.why, "functionals": []})
     functionals = functionals_of(instrument, policy, options.features, exact=choice.engine == "exact")
@@ -83,7 +86,7 @@ def start_attribution(
     capture = PairCapture(
         model,
         sites,
-        site=instrument.handle.site,
+        site=site,
         readout=instrument.readout,
         limit=options.limit,
         marker=prompt_marker(trainer.tokenizer),

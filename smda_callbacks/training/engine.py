@@ -69,12 +69,19 @@ class Choice:
 
 
 def choose_engine(
-    options: AttributionOptions, model: nn.Module, optimizer: Any, args: Any, columns: Any, site: HookSite
+    options: AttributionOptions,
+    model: nn.Module,
+    optimizer: Any,
+    args: Any,
+    columns: Any,
+    site: HookSite,
+    every: int = 1,
 ) -> Choice:
     """Choose the engine before training.
 
     Args:
         columns: names of the prepared data set's columns, None for a stream.
+        every: optimizer steps per window.
 
     Raises:
         AttributionError: the engine that was asked for by name cannot be right here; says why.
@@ -82,12 +89,8 @@ def choose_engine(
     if options.engine == "off":
         return Choice("off", "attribution.engine is off")
     try:
-        for check in (
-            lambda: check_training(args, columns),
-            lambda: lora_sites(model),
-            lambda: check_optimizer(optimizer),
-        ):
-            check()
+        check_training(args, columns)
+        check_optimizer(optimizer, lora_sites(model))
         if options.engine == "ghost":
             check_differentiable(model)
     except AttributionError as error:
@@ -96,7 +99,7 @@ def choose_engine(
         return Choice("off", str(error))
     if options.engine != "auto":
         return Choice(options.engine, f"attribution.engine is {options.engine}")
-    return _cheaper(options, model, args, site)
+    return _cheaper(options, model, args, site, every)
 
 
 def check_training(args: Any, columns: Any) -> None:
@@ -111,6 +114,7 @@ def check_training(args: Any, columns: Any) -> None:
             getattr(args, "torch_compile", False)
         ),
         "fp16 scales losses by a factor that is not known here": lambda: bool(args.fp16),
+        "several devices in one process (DataParallel) split a batch behind our back": lambda: args.n_gpu > 1,
         "DeepSpeed steps inside the backward pass": lambda: bool(getattr(args, "deepspeed", None)),
         f"the data set has the columns {columns}{_kind(columns)} and no input_ids, so a step's pairs cannot be "
         "recognised": lambda: columns is not None and "input_ids" not in columns,
@@ -134,14 +138,14 @@ def _kind(columns: Any) -> str:
     return next((f" of {text}," for wanted, text in KINDS if wanted <= set(columns or ())), "")
 
 
-def _cheaper(options: AttributionOptions, model: nn.Module, args: Any, site: HookSite) -> Choice:
-    """By the number of probe readings that each engine costs per step; a backward pass counts as two."""
-    pairs = int(args.per_device_train_batch_size) * int(args.gradient_accumulation_steps)
+def _cheaper(options: AttributionOptions, model: nn.Module, args: Any, site: HookSite, every: int) -> Choice:
+    """By the number of probe readings that each engine costs per window; a backward pass counts as two."""
+    pairs = int(args.per_device_train_batch_size) * int(args.gradient_accumulation_steps) * every
     depth = (site.layer + 1) / len(decoder_layers(model))
     chosen = len(options.features) if isinstance(options.features, tuple) else options.features
     ghost = 3 + 2 * depth * min(each for each in (chosen, options.renew, 16) if each is not None)
     exact = 3 * pairs + 4
-    said = f"about {ghost:.0f} probe readings per attributed step, exact about {exact:.0f}"
+    said = f"about {ghost:.0f} probe readings per attributed window, exact about {exact:.0f}"
     try:
         check_differentiable(model)
     except AttributionError as error:

@@ -35,7 +35,7 @@ class StepUpdate:
 
     @property
     def bytes(self) -> int:
-        return sum(each.rows.element_size() * each.rows.numel() for each in self.sites)
+        return sum(each.bytes for each in self.sites)
 
 
 @dataclass(frozen=True)

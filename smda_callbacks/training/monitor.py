@@ -82,7 +82,7 @@ class Monitor:
         else:
             take_up(self, earlier, reading)
         self.attribution = start_attribution(
-            plan.attribution, trainer, model, self.instrument, self.policy, user_dataset=plan.dataset
+            plan.attribution, trainer, model, self.instrument, self.policy, every=plan.every, user_dataset=plan.dataset
         )
         self.attributor = self.attribution.attributor
         if earlier is None:

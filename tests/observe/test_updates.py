@@ -179,3 +179,10 @@ def test_other_optimizers_are_refused_by_name(make: Any, word: str) -> None:
     with pytest.raises(AttributionError, match=word) as caught:
         check_optimizer(make([nn.Parameter(torch.zeros(2))]))
     assert "adamw_torch" in str(caught.value)
+
+
+def test_a_matrix_that_the_optimizer_does_not_train_is_told_before_training() -> None:
+    world = World.make("AdamW", 0.0)
+    check_optimizer(world.optimizer, world.sites)
+    with pytest.raises(AttributionError, match=r"does not train site 1 \(1 LoRA matrices"):
+        check_optimizer(torch.optim.AdamW([world.sites[0].module.weight]), world.sites)
