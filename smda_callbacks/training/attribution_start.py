@@ -86,7 +86,7 @@ def start_attribution(
     capture = PairCapture(
         model,
         sites,
-        site=site,
+        site=instrument.handle.site,
         readout=instrument.readout,
         limit=options.limit,
         marker=prompt_marker(trainer.tokenizer),
