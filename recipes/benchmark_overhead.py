@@ -125,9 +125,11 @@ def pairs(options: Options) -> Iterator[Figure]:
     optimizer = torch.optim.AdamW(trained_parameters(adapted), lr=1e-5)
     loader = torch.utils.data.DataLoader(dataset)
     monitor = Monitor(plan, adapted.eval(), Trainer(args, optimizer, loader, tokenizer), 0, 1e-3)
+    off = replace(plan, attribution=AttributionOptions(engine="off"))
+    plain = Monitor(off, adapted, Trainer(args, optimizer, loader, tokenizer), 0, 1e-3)
     step = Step(adapted, monitor, batch)
     yield from capture(step, options.repeats, options.device)
-    yield from ghost(adapted, monitor, step, options.repeats, options.device)
+    yield from ghost(adapted, monitor, plain, step, options.repeats, options.device)
 
 
 def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Dataset]:

@@ -2,9 +2,9 @@
 
 * ``capture_over_train_step``: a training step in which the gradients of single pairs are captured, over the same step
   without, in processor time.
-* ``ghost_over_probe_backward``: all else that engine ghost adds to a measured window (splitting the update over pairs,
-  gradients of all functionals, books), over one forward and backward pass of all probes for one functional by plain
-  autograd, in processor time.
+* ``ghost_over_probe_backward``: all that engine ghost adds to a measured step (capturing, splitting the update over
+  pairs, gradients of all functionals, momentum, books), over one forward and backward pass of all probes for one
+  functional by plain autograd, in processor time.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def capture(step: Step, repeats: int, device: str) -> Iterator[Figure]:
     yield Figure("capture_over_train_step", [a.cpu / b.cpu for a, b in turns], "<= 1.10")
 
 
-def ghost(model: Any, monitor: Monitor, step: Step, repeats: int, device: str) -> Iterator[Figure]:
-    """What a window with pairs costs more than one without, over one probe backward pass."""
+def ghost(model: Any, monitor: Monitor, plain: Monitor, step: Step, repeats: int, device: str) -> Iterator[Figure]:
+    """What a step with its window costs more with pairs than without (``plain``), over one probe backward pass."""
     attributor, instrument = monitor.attributor, monitor.instrument
     assert attributor is not None
     numbers = iter(range(1, 10 * repeats + 10))
@@ -88,8 +88,9 @@ def ghost(model: Any, monitor: Monitor, step: Step, repeats: int, device: str) -
         assert monitor.measure(model, number, number, (), {}).pairs is not None
 
     def without() -> None:
-        train()
-        instrument.snapshot(0, instrument.read(model))
+        step.plain()
+        number = next(numbers)
+        assert plain.measure(model, number, number, (), {}).pairs is None
 
     def probe_backward() -> None:
         with measuring(model, gradients=True):

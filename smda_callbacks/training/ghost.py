@@ -23,7 +23,7 @@ from smda_callbacks.observe.updates import SiteUpdate
 from smda_callbacks.records import Array, PolicyRecord
 
 #: Momentum is followed until this share of a gradient's first push is left.
-FADED = 0.05
+FADED = 0.1
 
 
 @dataclass(frozen=True)
