@@ -236,6 +236,8 @@ class _Training:
 
     stop = detach = attach
 
+    def release(self) -> None: ...
+
     def take(self) -> Captured:
         rows = torch.split(self.planted.gradients[list(self.batch)], self.bench.sizes, dim=1)
         tokens = np.zeros(1, dtype=np.int64)
