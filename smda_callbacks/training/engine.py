@@ -114,7 +114,9 @@ def check_training(args: Any, columns: Any) -> None:
             getattr(args, "torch_compile", False)
         ),
         "fp16 scales losses by a factor that is not known here": lambda: bool(args.fp16),
-        "several devices in one process (DataParallel) split a batch behind our back": lambda: args.n_gpu > 1,
+        "several devices in one process (DataParallel) split a batch behind our back": lambda: (
+            getattr(args, "n_gpu", 1) > 1
+        ),
         "DeepSpeed steps inside the backward pass": lambda: bool(getattr(args, "deepspeed", None)),
         f"the data set has the columns {columns}{_kind(columns)} and no input_ids, so a step's pairs cannot be "
         "recognised": lambda: columns is not None and "input_ids" not in columns,
