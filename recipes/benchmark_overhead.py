@@ -29,6 +29,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -41,7 +42,7 @@ import datasets
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -127,9 +128,10 @@ def pairs(options: Options) -> Iterator[Figure]:
     monitor = Monitor(plan, adapted.eval(), Trainer(args, optimizer, loader, tokenizer), 0, 1e-3)
     off = replace(plan, attribution=AttributionOptions(engine="off"))
     plain = Monitor(off, adapted, Trainer(args, optimizer, loader, tokenizer), 0, 1e-3)
-    step = Step(adapted, monitor, batch)
-    yield from capture(step, options.repeats, options.device)
-    yield from ghost(adapted, monitor, plain, step, options.repeats, options.device)
+    instrument = monitor.instrument
+    seen = {"site": instrument.handle.site, "readout": instrument.readout, "limit": 2**32}
+    yield from capture(partial(train, options), seen, options.repeats, options.device)
+    yield from ghost(adapted, monitor, plain, Step(adapted, batch), options.repeats, options.device)
 
 
 def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Dataset]:
@@ -170,6 +172,11 @@ def training(options: Options) -> Iterator[Figure]:
 
 def train_runtime(options: Options, chosen: dict[str, Any] | None) -> float:
     """Seconds that the trainer reports for a run, watched with these settings or (None) not at all."""
+    return train(options, None if chosen is None else SMDACallback.from_config(settings(options, chosen)))
+
+
+def train(options: Options, callback: TrainerCallback | None) -> float:
+    """Seconds that the trainer reports for a run with this callback."""
     set_seed(0)
     model, tokenizer = load(options)
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +186,7 @@ def train_runtime(options: Options, chosen: dict[str, Any] | None) -> float:
             train_dataset=read_pairs(options.pairs),
             processing_class=tokenizer,
             peft_config=lora(),
-            callbacks=[] if chosen is None else [SMDACallback.from_config(settings(options, chosen))],
+            callbacks=[] if callback is None else [callback],
         )
         trainer.remove_callback(PrinterCallback)
         return float(trainer.train().metrics["train_runtime"])

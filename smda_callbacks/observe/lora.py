@@ -83,12 +83,12 @@ def _kind(name: str, variants: tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def tapped(sites: tuple[LoraSite, ...], consume: Consumer) -> Iterator[None]:
+def tapped(sites: tuple[LoraSite, ...], consume: Consumer) -> Iterator[Tap]:
     """Context in which every backward pass hands input and output gradient of every site to ``consume``."""
     tap = Tap(sites, consume)
     tap.attach()
     try:
-        yield
+        yield tap
     finally:
         tap.detach()
 
@@ -96,9 +96,10 @@ def tapped(sites: tuple[LoraSite, ...], consume: Consumer) -> Iterator[None]:
 class Tap:
     """Hooks on all sites. They change no number: they only look.
 
-    ``listening``: whether the pass that goes on is of interest; ``recomputed``: inputs are to be taken from the
-    recomputation of gradient checkpointing, since those of the first pass would stay in memory. ``once``: one backward
-    pass for every forward pass, so that inputs can be let go of early.
+    ``listening``: whether the pass that goes on is of interest; ``recomputed``: the model recomputes its forward pass
+    in the backward pass, so that inputs are to be taken from there: those of the first pass would stay in memory.
+    ``lowest``: numbers of the sites seen so far whose input needs no gradient. A backward pass to their weights goes
+    through the outputs of all sites; gradients of the other weights, which cost about as much again, it can spare.
     """
 
     def __init__(
@@ -108,10 +109,9 @@ class Tap:
         *,
         listening: Callable[[], bool] = lambda: True,
         recomputed: bool = False,
-        once: bool = False,
     ) -> None:
-        self.sites, self.consume, self.listening = sites, consume, listening
-        self.recomputed, self.once = recomputed, once
+        self.sites, self.consume, self.listening, self.recomputed = sites, consume, listening, recomputed
+        self.lowest: set[int] = set()
         self._inputs: dict[int, Tensor] = {}
         self._waiting: dict[int, Tensor] = {}  # gradients that came before the input
         self._handles: list[Any] = []
@@ -121,8 +121,11 @@ class Tap:
         if self._handles:
             return
         for number, site in enumerate(self.sites):
-            self._handles.append(site.module.register_forward_pre_hook(partial(self._before, number)))
-            self._handles.append(site.module.register_forward_hook(partial(self._after, number)))
+            if self.recomputed:
+                self._handles.append(site.module.register_forward_pre_hook(partial(self._recompute, number)))
+                self._handles.append(site.module.register_forward_hook(partial(self._after_recompute, number)))
+            else:
+                self._handles.append(site.module.register_forward_hook(partial(self._after, number)))
 
     def detach(self) -> None:
         """Remove all hooks and forget what was seen."""
@@ -135,12 +138,23 @@ class Tap:
         """Let go of what was seen."""
         self._inputs, self._waiting = {}, {}
 
+    # The graph keeps the input for the gradient of the weight anyway, for as long as it keeps this hook.
+    def _after(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad and self.listening():
+            if not args[0].requires_grad:
+                self.lowest.add(number)
+            output.register_hook(partial(self._arrived, number, args[0].detach()))
+
+    def _arrived(self, number: int, seen: Tensor, gradient: Tensor) -> None:
+        if self.listening():
+            self.consume(number, seen, gradient.detach())
+
     # Under gradient checkpointing a forward pass comes twice, and the recomputation stops before the last modules are
     # through: inputs are taken on the way in, and gradients at the outputs of whichever pass is in the graph.
-    def _before(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _recompute(self, number: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not torch.is_grad_enabled() or not self.listening():
             return
-        if self.recomputed and torch._C._current_graph_task_id() == -1:  # no backward pass is going on
+        if torch._C._current_graph_task_id() == -1:  # no backward pass is going on
             return
         seen, gradient = args[0].detach(), self._waiting.pop(number, None)
         if gradient is not None:
@@ -148,14 +162,14 @@ class Tap:
         else:
             self._inputs[number] = seen
 
-    def _after(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _after_recompute(self, number: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if output.requires_grad and self.listening():
-            output.register_hook(partial(self._arrived, number))
+            output.register_hook(partial(self._arrived_in_recompute, number))
 
-    def _arrived(self, number: int, gradient: Tensor) -> None:
+    def _arrived_in_recompute(self, number: int, gradient: Tensor) -> None:
         if not self.listening():
             return
-        seen = self._inputs.pop(number, None) if self.once else self._inputs.get(number)
+        seen = self._inputs.pop(number, None)
         if seen is not None:
             self.consume(number, seen, gradient.detach())
         else:
@@ -167,8 +181,12 @@ def per_row(seen: Tensor, gradient: Tensor) -> Tensor:
     ``[row, out * in]`` float32 (float64 for float64 models)."""
     seen, gradient = _at_least_float32(seen), _at_least_float32(gradient)
     # The recomputation of gradient checkpointing calls this inside of training's autocast, which would round to bf16.
-    with torch.autocast(seen.device.type, enabled=False):
-        return torch.bmm(gradient.transpose(1, 2), seen).flatten(1)
+    if torch.is_autocast_enabled(seen.device.type):
+        with torch.autocast(seen.device.type, enabled=False):
+            return per_row(seen, gradient)
+    if seen.shape[2] < gradient.shape[2]:  # on CPU, twice as fast with the short side (the rank) first
+        return torch.bmm(seen.transpose(1, 2), gradient).transpose(1, 2).flatten(1)
+    return torch.bmm(gradient.transpose(1, 2), seen).flatten(1)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

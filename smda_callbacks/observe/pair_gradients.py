@@ -60,11 +60,12 @@ class PairCapture:
     ) -> None:
         self.sites, self.readout, self.limit, self.marker = sites, readout, limit, marker
         self._watch = BatchWatch(model, self._begin)
-        self._tap = Tap(sites, self._consume, listening=self._is_listening, recomputed=_checkpoints(model), once=True)
+        self._tap = Tap(sites, self._consume, listening=self._is_listening, recomputed=_checkpoints(model))
         self._layer, self._kind = find_module(model, site), site.kind
         self._layer_hook: Any = None
         self._expected: list[Sequence] | None = None  # examples of the micro-batch that is going through
         self._shape: tuple[int, ...] = ()
+        self._row_each = False  # whether every example has a batch row of its own
         self._error: str | None = None
         self._parts: list[list[Tensor]] = []  # per site, a tensor per micro-batch
         self._clear()
@@ -107,7 +108,7 @@ class PairCapture:
                 f"{len(self._examples)} training examples went through the model, but gradients came back for "
                 f"{sorted(counts)} of them: some LoRA matrix is called otherwise than once per forward pass."
             )
-        gradients = tuple(torch.cat(parts) for parts in self._parts)
+        gradients = tuple(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in self._parts)
         return Captured(tuple(self._examples), gradients, tuple(self._prompts))
 
     def release(self) -> None:
@@ -124,6 +125,7 @@ class PairCapture:
     def _begin(self, examples: list[Sequence], shape: tuple[int, ...]) -> None:
         known = [self._with_prompt(each) for each in examples]
         self._expected, self._shape = known, tuple(shape)
+        self._row_each = [each.row for each in known] == list(range(shape[0]))
         self._examples += known
         self._prompts += [None] * len(examples)
 
@@ -166,8 +168,8 @@ class PairCapture:
     def _rows(self, seen: Tensor, gradient: Tensor) -> Tensor:
         """Gradients of the expected examples, ``[example, out * in]``."""
         assert self._expected is not None
-        if [each.row for each in self._expected] == list(range(len(seen))):
-            return per_row(seen, gradient)  # a row each; gradients are zero on padding
+        if self._row_each:
+            return per_row(seen, gradient)  # gradients are zero on padding
         places = [(slice(each.row, each.row + 1), slice(each.start, each.stop)) for each in self._expected]
         return torch.cat([per_row(seen[place], gradient[place]) for place in places])
 

@@ -75,7 +75,7 @@ def gradient_reading(
     weights = torch.zeros(0)
 
     def add(number: int, seen: Tensor, gradient: Tensor) -> None:
-        basis[number] += weights.to(basis[number]) @ per_row(seen, gradient)
+        basis[number].addmm_(weights.to(basis[number]), per_row(seen, gradient))
 
     def visit(batch: ProbeBatch, pre: Tensor, gate: Tensor, edges: Tensor) -> None:
         nonlocal weights
@@ -83,10 +83,11 @@ def gradient_reading(
         x = (pre * gate).detach().double().cpu().numpy()
         local = local_slopes(functionals, batch.index.cpu().numpy(), x, y, scale=scale)
         for m, each in enumerate(scores):
-            weights = torch.from_numpy(np.ascontiguousarray(local[:, :, m]))
-            _backward(each.sum(), sites, keep=m + 1 < len(scores))
+            weights = torch.from_numpy(np.ascontiguousarray(local[:, :, m])).to(basis[0])  # once, not per site
+            reached = tuple(sites[number] for number in tap.lowest) or sites
+            _backward(each.sum(), reached, keep=m + 1 < len(scores))
 
-    with tapped(sites, add):
+    with tapped(sites, add) as tap:
         reading = instrument.read(model, visit)
     state = State(*arrays(reading), instrument.scores(reading))
     mix = torch.from_numpy(mixing(functionals, state, scale=scale, lam=lam))

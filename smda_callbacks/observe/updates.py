@@ -12,7 +12,7 @@ the step is then computed again without it, which is its *effect* on the weights
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -82,6 +82,10 @@ class SiteUpdate:
         return with_all - self.rule.update(self.before, self.gradient - self.missing())
 
 
+#: Called with a past step's update and its age in steps; gives ``[example of the past step, out * in]``.
+LaterEffects = Callable[[SiteUpdate, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Rule:
     """Arithmetic of one optimizer step on one weight; ``update`` leaves weight decay out, which is its own part."""
@@ -105,10 +109,10 @@ class Rule:
         """What is left of the first push of a gradient that is ``age`` steps old."""
         raise NotImplementedError
 
-    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
-        """This update minus the same without what each example added to the gradient of a step ``age`` steps ago.
+    def later_effects(self, before: Moments, gradient: Tensor) -> LaterEffects:
+        """This update minus the same without what each example added to the gradient of an earlier step.
 
-        ``[example of the past step, out * in]``. What the gradients since then would have been is left as it is.
+        What the gradients since then would have been is left as it is.
         """
         raise NotImplementedError
 
@@ -127,8 +131,7 @@ class AdamWRule(Rule):
     step: int  # number of this step, from 1
 
     def update(self, before: Moments, gradient: Tensor) -> Tensor:
-        mean = (1 - self.beta1) * gradient if before.first is None else self._mean(before.first, gradient)
-        return self._move(mean, self._second(before, gradient))
+        return self._move(self._mean(before, gradient), self._second(before, gradient))
 
     def slope(self, before: Moments, gradient: Tensor) -> Tensor:
         scale = -self.lr * (1 - self.beta1) / (1 - self.beta1**self.step)
@@ -143,27 +146,33 @@ class AdamWRule(Rule):
     def faded(self, age: int) -> float:
         return self.beta1**age
 
-    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
-        gone = past.missing()
-        mean = (1 - self.beta1) * gradient if before.first is None else self._mean(before.first, gradient)
-        second = self._second(before, gradient)
-        # A gradient g that loses d takes g² - (g - d)² = d (2g - d) out of the second moment.
-        less_second = second - self.beta2**age * (1 - self.beta2) * gone * (2 * past.gradient - gone)
-        less_mean = mean - self.beta1**age * (1 - self.beta1) * gone
-        return self._move(mean, second) - self._move(less_mean, less_second.clamp(min=0))
+    def later_effects(self, before: Moments, gradient: Tensor) -> LaterEffects:
+        mean, second = self._mean(before, gradient), self._second(before, gradient)
+        move = self._move(mean, second)
 
-    def _mean(self, first: Tensor, gradient: Tensor) -> Tensor:
-        return self.beta1 * first + (1 - self.beta1) * gradient
+        def effects(past: SiteUpdate, age: int) -> Tensor:
+            gone = past.missing()
+            # A gradient g that loses d takes g² - (g - d)² = d (2g - d) out of the second moment.
+            faded = self.beta2**age * (1 - self.beta2)
+            less_second = torch.addcmul(second, gone, 2 * past.gradient - gone, value=-faded).clamp_(min=0)
+            less_mean = torch.add(mean, gone, alpha=-(self.beta1**age) * (1 - self.beta1))
+            return move - self._move(less_mean, less_second)
+
+        return effects
+
+    def _mean(self, before: Moments, gradient: Tensor) -> Tensor:
+        mean = (1 - self.beta1) * gradient
+        return mean if before.first is None else mean + self.beta1 * before.first
 
     def _second(self, before: Moments, gradient: Tensor) -> Tensor:
         second = (1 - self.beta2) * gradient.square()
         return second if before.second is None else second + self.beta2 * before.second
 
     def _denominator(self, second: Tensor) -> Tensor:
-        return (second / (1 - self.beta2**self.step)).sqrt() + self.eps
+        return (second / (1 - self.beta2**self.step)).sqrt_().add_(self.eps)
 
     def _move(self, mean: Tensor, second: Tensor) -> Tensor:
-        return -self.lr * mean / (1 - self.beta1**self.step) / self._denominator(second)
+        return (mean / self._denominator(second)).mul_(-self.lr / (1 - self.beta1**self.step))
 
 
 @dataclass(frozen=True)
@@ -184,8 +193,8 @@ class SGDRule(Rule):
     def faded(self, age: int) -> float:
         return self.mu**age
 
-    def later_effects(self, before: Moments, gradient: Tensor, past: SiteUpdate, age: int) -> Tensor:
-        return -self.lr * self.mu**age * past.missing()
+    def later_effects(self, before: Moments, gradient: Tensor) -> LaterEffects:
+        return lambda past, age: (-self.lr * self.mu**age) * past.missing()
 
 
 #: Optimizers whose arithmetic is known, by class.

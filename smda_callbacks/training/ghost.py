@@ -151,14 +151,12 @@ class Ghost:
     def _later(self, step: StepUpdate, mean: Gradients, end: Gradients) -> tuple[Entries, ...]:
         """What gradients of earlier steps do in this one."""
         slopes = [site.share_slope() * j for site, j in _with(step, mean)]
+        effects_of = [site.rule.later_effects(site.before, site.gradient) for site in step.sites]
         found = []
         for age, past in enumerate(reversed(self._past), start=1):
             faded = step.sites[0].rule.faded(age)
-            share = faded * _dot([site.rows * site.clip for site in past.sites], slopes)
-            acting = (
-                now.rule.later_effects(now.before, now.gradient, then, age)
-                for now, then in zip(step.sites, past.sites, strict=True)
-            )
+            share = faded * past.sites[0].clip * _dot([site.rows for site in past.sites], slopes)
+            acting = (effects(then, age) for effects, then in zip(effects_of, past.sites, strict=True))
             found.append(Entries(past.ids, share, *self._effects(acting, end)))
         return tuple(found)
 
@@ -167,11 +165,11 @@ class Ghost:
 
         One site at a time: the directions of all sites are as large as the gradients.
         """
-        effects, squares = [], []
+        effects, squares = torch.zeros(1), torch.zeros(1)
         for each, gradient in zip(rows, end, strict=True):
-            effects.append(_dot([each], [gradient]))
-            squares.append(each.double().square().sum(dim=1).cpu().numpy())
-        return _sum(effects), (_sum(squares) / self.count) ** 0.5
+            effects = effects.to(each.device) + (each @ gradient.T).double()
+            squares = squares.to(each.device) + torch.linalg.vector_norm(each, dim=1, dtype=torch.float64).square()
+        return effects.cpu().numpy(), (squares / self.count).sqrt().cpu().numpy()
 
     def _remember(self, step: StepUpdate) -> None:
         """Keep a step while its momentum lasts and memory allows; what is forgotten stays in the momentum line."""
