@@ -10,6 +10,7 @@
   ``..._every_10`` after every tenth, ``..._no_pairs`` attributes nothing to pairs. A small model on short pairs pays
   most: its training steps are cheap.
 * ``capture_over_train_step``, ``ghost_over_probe_backward``: see recipes/benchmark_pairs.py.
+* ``extra_peak_memory``, ``..._no_pairs``: MiB, see recipes/benchmark_memory.py.
 * ``refit_speedup_16k``, ``..._131k``: scikit-learn's Ridge on the dense matrix over the library's refit on its
   non-zeros, at 400 probes (``..._n200``: 200), in processor time. ``refit_max_abs_diff``: how far they are apart.
 
@@ -25,10 +26,9 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -41,19 +41,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import datasets
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from peft import get_peft_model
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig, SFTTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
 
 from recipes.benchmark_maths import HEADER, Figure, in_turns, refit
+from recipes.benchmark_memory import extra_peaks
 from recipes.benchmark_pairs import Step, capture, ghost
-from smda_callbacks import SMDACallback, __version__
-from smda_callbacks.config.build import build_plan, builtin_path
-from smda_callbacks.config.load import check_config
-from smda_callbacks.config.schema import SMDAConfig
+from recipes.benchmark_training import (
+    NO_PAIRS,
+    Options,
+    load,
+    lora,
+    read_pairs,
+    settings,
+    train,
+    train_runtime,
+    training,
+    training_arguments,
+)
+from smda_callbacks import __version__
+from smda_callbacks.config.build import build_plan
 from smda_callbacks.observe.noise import trained_parameters
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.attribution_start import Trainer
@@ -61,18 +70,6 @@ from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.monitor import Monitor
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "sae-lens", "numpy", "scikit-learn")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is measured, and how often; training runs, which take long, three times at most."""
-
-    model: str
-    sae: str
-    pairs: str
-    device: str
-    repeats: int
-    train_steps: int  # -1: one epoch
 
 
 # 1. A measurement over a forward pass of the same tokens --------------------------------------------------------------
@@ -151,97 +148,13 @@ def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Datas
     return batch, Dataset.from_list(rows)
 
 
-# 3. Training with the callback over training without it ---------------------------------------------------------------
+# 3. Memory -----------------------------------------------------------------------------------------------------------
 
 
-def training(options: Options) -> Iterator[Figure]:
-    """A whole run, watched in several ways, over the same run unwatched."""
-    names: dict[str, dict[str, Any]] = {
-        "train_with_over_without": {},
-        "train_with_over_without_every_10": {"measure": {"every": 10}},
-        "train_with_over_without_no_pairs": {"attribution": {"engine": "off"}},
-    }
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    train_runtime(options, None)
-    for _ in range(min(options.repeats, 3)):
-        for name, chosen in names.items():
-            ratios[name].append(train_runtime(options, chosen) / train_runtime(options, None))
-    for name, values in ratios.items():
-        yield Figure(name, values)
-
-
-def train_runtime(options: Options, chosen: dict[str, Any] | None) -> float:
-    """Seconds that the trainer reports for a run, watched with these settings or (None) not at all."""
-    return train(options, None if chosen is None else SMDACallback.from_config(settings(options, chosen)))
-
-
-def train(options: Options, callback: TrainerCallback | None) -> float:
-    """Seconds that the trainer reports for a run with this callback."""
-    set_seed(0)
-    model, tokenizer = load(options)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = SFTTrainer(
-            model=model,
-            args=training_arguments(options, folder),
-            train_dataset=read_pairs(options.pairs),
-            processing_class=tokenizer,
-            peft_config=lora(),
-            callbacks=[] if callback is None else [callback],
-        )
-        trainer.remove_callback(PrinterCallback)
-        return float(trainer.train().metrics["train_runtime"])
-
-
-def load(options: Options) -> tuple[Any, Any]:
-    """Model and tokenizer."""
-    source = builtin_path(options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-    return model.to(options.device), AutoTokenizer.from_pretrained(source)
-
-
-def lora() -> LoraConfig:
-    """The adapter that is trained."""
-    return LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-
-
-def read_pairs(source: str) -> Dataset:
-    """Prompts and completions of a JSONL file, as messages."""
-    rows = [json.loads(line) for line in Path(builtin_path(source)).read_text(encoding="utf-8").splitlines()]
-    roles = {"prompt": "user", "completion": "assistant"}
-    return Dataset.from_list(
-        [
-            {
-                key: [{"role": role, "content": row[key]}] if isinstance(row[key], str) else row[key]
-                for key, role in roles.items()
-            }
-            for row in rows
-        ]
-    )
-
-
-def settings(options: Options, chosen: dict[str, Any] | None = None) -> SMDAConfig:
-    """The callback's configuration: defaults all through, but W&B is left out."""
-    values = {"sae": {"source": options.sae}, "wandb": {"enabled": False}, **(chosen or {})}
-    return check_config(values, "the benchmark's configuration")
-
-
-def training_arguments(options: Options, folder: str) -> SFTConfig:
-    """The quickstart's arguments."""
-    return SFTConfig(
-        output_dir=folder,
-        num_train_epochs=1,
-        max_steps=options.train_steps,
-        per_device_train_batch_size=8,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        max_length=128,
-        bf16=False,
-        activation_checkpointing=False,
-        use_cpu=options.device == "cpu",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
+def memory(options: Options) -> Iterator[Figure]:
+    """Training's memory, watched over unwatched: the peak is reached when momentum is followed as far as it ever is."""
+    watched: dict[str, dict[str, Any]] = {"extra_peak_memory": {}, "extra_peak_memory_no_pairs": NO_PAIRS}
+    yield from extra_peaks(partial(train_runtime, options), watched, min(options.repeats, 3))
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -290,7 +203,8 @@ def main() -> None:
     options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
     print(HEADER)
     figures = []
-    for figure in chain(measurement(options), pairs(options), training(options), refit(options.repeats)):
+    parts = (measurement(options), pairs(options), training(options), memory(options), refit(options.repeats))
+    for figure in chain(*parts):
         figures.append(figure)
         print(figure, flush=True)
     args.json.write_text(json.dumps(as_json(figures, options), indent=2) + "\n", encoding="utf-8")

@@ -232,6 +232,8 @@ class Alert:
     category: str | None = None
     value: float | None = None
     threshold: float | None = None
+    feature: int | None = None  # SAE index of the feature that moved the category most so far
+    pairs: tuple[int, ...] = ()  # numbers of the pairs with the largest effect on the category so far
 
 
 @dataclass(frozen=True)

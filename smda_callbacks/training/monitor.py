@@ -29,6 +29,7 @@ from smda_callbacks.records import (
 from smda_callbacks.training.alerts import AlertBook, behaviour_alerts, health_alerts
 from smda_callbacks.training.attribution_start import Trainer, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
+from smda_callbacks.training.causes import Causes
 from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.policy_check import check_policy
@@ -85,6 +86,7 @@ class Monitor:
             plan.attribution, trainer, model, self.instrument, self.policy, every=plan.every, user_dataset=plan.dataset
         )
         self.attributor = self.attribution.attributor
+        self.causes = Causes(self.policy, plan.probes.probes, self.attribution.manifest["functionals"])
         if earlier is None:
             self.noise = self._noise(model, learning_rate)
             self.start = self._open(model, args)
@@ -178,7 +180,9 @@ class Monitor:
     def _window(self, model: nn.Module, head: dict[str, Any]) -> WindowRecord:
         reading = self.attributor.read(model) if self.attributor else self.instrument.read(model)
         snapshot = self.instrument.snapshot(head["step"], reading)
+        attributed = self._attribute(model, snapshot)
         booked = book_window(self.snapshot, snapshot, self.policy, self.plan.probes.groups, seed=self.plan.seed)
+        self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()))
         health = self._health(reading)
         alerts = behaviour_alerts(snapshot.step, snapshot.y, self._start_y(), self.plan.probes.probes, self.plan.limits)
         if health is not None:
@@ -189,10 +193,10 @@ class Monitor:
             update_rms=self.meter.rms(),
             snapshot=snapshot,
             health=health,
-            alerts=self.book.new(alerts),
+            alerts=tuple(self.causes.named(alert) for alert in self.book.new(alerts)),
             **head,
             **booked.fields(),
-            **self._attribute(model, snapshot),
+            **attributed,
         )
         self.meter.reset()
         self.snapshot, self.hidden = snapshot, reading.hidden

@@ -95,7 +95,8 @@ def test_the_refits_figures_and_their_names() -> None:
 
 
 def test_the_file_holds_every_figure_and_the_environment() -> None:
-    from recipes.benchmark_overhead import Options, as_json
+    from recipes.benchmark_overhead import as_json
+    from recipes.benchmark_training import Options
 
     options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", repeats=2, train_steps=4)
     found = json.loads(json.dumps(as_json([Figure("x", [1.0, 2.0]), Figure("y", [3.0])], options)))
@@ -106,7 +107,7 @@ def test_the_file_holds_every_figure_and_the_environment() -> None:
 
 
 def test_options_become_the_callbacks_configuration() -> None:
-    from recipes.benchmark_overhead import Options, settings
+    from recipes.benchmark_training import Options, settings
 
     options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", 2, 4)
     config: Any = settings(options, {"measure": {"every": 10}})
