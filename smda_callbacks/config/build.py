@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -28,6 +29,7 @@ from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.sinks.files import LOGGED
 from smda_callbacks.sinks.past import Past
+from smda_callbacks.sinks.trackers import TRACKERS, TrackerName, TrackerSink
 from smda_callbacks.training.alerts import AlertLimits
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
@@ -110,7 +112,7 @@ def build_sae(config: SAEConfig) -> SAEHandle:
 
 
 def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None, *, resumed: bool = False) -> Sequence[Sink]:
-    """The run store, and W&B where it is wanted. ``args`` are the trainer's TrainingArguments.
+    """The run store, and W&B and other trackers where they are wanted. ``args`` are the trainer's TrainingArguments.
 
     With ``past``, those that go on with an earlier run, in its own folder whatever ``store.dir`` says. ``resumed``: the
     training goes on from a checkpoint; without ``past`` it gets a folder beside ``store.dir`` if that is taken.
@@ -129,6 +131,8 @@ def build_sinks(config: SMDAConfig, args: Any, past: Past | None = None, *, resu
         options = config.wandb.model_dump(exclude={"enabled", "artifacts"})
         artifacts = folder if config.wandb.artifacts else None
         sinks.append(WandbSink(**options, store_path=artifacts, logged_path=folder / LOGGED, past=past))
+    events = Path(os.getenv("TENSORBOARD_LOGGING_DIR") or Path(args.output_dir) / "runs").expanduser() / folder.name
+    sinks += [TrackerSink(name, events, past=past) for name in _wanted_trackers(config, args)]
     return sinks
 
 
@@ -173,6 +177,12 @@ def _read_source(config: SourceConfig) -> list[Any]:
     columns = Columns(**{**vars(FORMATS[config.format]), **given})
     rows = load_rows(builtin_path(config.source), columns=columns, category=config.category)
     return with_expected(rows, config.expected) if config.expected else rows
+
+
+def _wanted_trackers(config: SMDAConfig, args: Any) -> Sequence[TrackerName]:
+    if config.trackers != "auto":
+        return config.trackers
+    return [name for name in TRACKERS if name in (args.report_to or ())]
 
 
 def _wants_wandb(config: SMDAConfig, args: Any) -> bool:

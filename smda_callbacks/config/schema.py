@@ -12,6 +12,7 @@ from smda_callbacks.observe.instrument import Target
 from smda_callbacks.observe.prefixes import COMPLIANCES, REFUSALS
 from smda_callbacks.observe.probes import FORMATS
 from smda_callbacks.records import Expected
+from smda_callbacks.sinks.trackers import TrackerName
 from smda_callbacks.training.audit_pairs import LossOn
 from smda_callbacks.training.audit_step import Optimizer
 from smda_callbacks.training.engine import EngineName
@@ -201,4 +202,5 @@ class SMDAConfig(Section):
     audit: AuditConfig = AuditConfig()
     store: StoreConfig = StoreConfig()
     wandb: WandbConfig = WandbConfig()
+    trackers: Literal["auto"] | tuple[TrackerName, ...] = "auto"
     seed: int = 0

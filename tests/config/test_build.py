@@ -21,6 +21,7 @@ from smda_callbacks.observe.probes import FORMATS, ProbeError
 from smda_callbacks.sinks.files import LOGGED, POLICY, StoreError
 from smda_callbacks.sinks.past import read_past
 from smda_callbacks.sinks.store import StoreSink, write_policy
+from smda_callbacks.sinks.trackers import TrackerSink
 from smda_callbacks.sinks.wandb_sink import WandbSink
 from smda_callbacks.training.plan import Plan
 from tests.helpers.equal import assert_same
@@ -98,7 +99,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
 }
 
 #: Keys with tests of their own, and the section that only the command line and the recipes use.
-ELSEWHERE = {"probes.sources", "policy.path", "model.id", "model.dtype"}
+ELSEWHERE = {"probes.sources", "policy.path", "model.id", "model.dtype", "trackers"}  # trackers: see test_trackers
 ELSEWHERE |= {f"audit.{key}" for key in AuditConfig.model_fields}  # see test_audit
 
 
@@ -294,7 +295,7 @@ def test_wandb_goes_where_it_is_wanted(
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=object() if is_open else None))
     config = config_with(**{"wandb.enabled": enabled})
     sinks = build_sinks(config, SimpleNamespace(output_dir="out", report_to=report_to))
-    assert [type(sink) for sink in sinks] == [StoreSink, WandbSink][: 1 + wanted]
+    assert [type(sink) for sink in sinks if not isinstance(sink, TrackerSink)] == [StoreSink, WandbSink][: 1 + wanted]
 
 
 def test_wandb_that_was_never_imported_is_not_open(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import WandbCallback
 
 from recipes.evidence import one_step
 from smda_callbacks.cli.quickstart_run import build, environment
-from smda_callbacks.records import PairBook
+from smda_callbacks.records import Array, PairBook
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.engine import AttributionOptions
 
@@ -45,19 +45,31 @@ def test_one_step_of_the_quickstart(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_ghost_against_exact_on_the_quickstart(tmp_path: Path) -> None:
-    """At the default learning rate, ranks of effects and of shares agree on every group of probes."""
-    books = {engine: quickstart_books(tmp_path / engine, engine) for engine in ("ghost", "exact")}
-    for quantity in ("effect", "share"):
-        ghost, exact = (
-            np.concatenate([getattr(book, quantity)[:, :44] for book in books[engine]]) for engine in ("ghost", "exact")
-        )
-        ranks = [spearmanr(ghost[:, k], exact[:, k]).statistic for k in range(44)]
-        assert min(ranks) >= 0.95, quantity
+    """At the default learning rate ranks agree on every group of probes: over the run, and from step to step.
+
+    Shares of the very first step are left out of the latter: AdamW divides gradients by themselves there, so that every
+    pair's own part is far larger than the step and no linear split of it says what the part alone would do.
+    """
+    ghost, exact = (quickstart_books(tmp_path / engine, engine) for engine in ("ghost", "exact"))
+    for quantity, first in (("effect", 0), ("share", 1)):
+        a, b = ([getattr(book, quantity)[:, :GROUPS] for book in books] for books in (ghost, exact))
+        assert lowest_rank_correlation(np.concatenate(a), np.concatenate(b)) >= 0.95, quantity
+        for step in range(first, len(a)):
+            assert lowest_rank_correlation(a[step], b[step]) >= 0.95, (quantity, step)
+
+
+def lowest_rank_correlation(a: Array, b: Array) -> float:
+    return min(spearmanr(a[:, k], b[:, k]).statistic for k in range(a.shape[1]))
+
+
+#: Functionals that are means over groups of probes; they come first.
+GROUPS = 44
 
 
 def quickstart_books(folder: Path, engine: Any) -> list[PairBook]:
-    """Books of the quickstart's first four steps; the first 44 functionals are means over groups."""
+    """Books of the quickstart's twenty steps."""
     sink = MemorySink()
     folder.mkdir()
     with environment(folder):
@@ -67,8 +79,7 @@ def quickstart_books(folder: Path, engine: Any) -> list[PairBook]:
             work.callback.plan, attribution=options, make_sinks=lambda _: [sink], on_error="raise", noise_draws=0
         )
         work.trainer.remove_callback(WandbCallback)
-        work.trainer.args.max_steps = 4
         work.trainer.train()
     assert sink.start is not None
-    assert all(name.startswith("refusal:") for name in sink.start.manifest["attribution"]["functionals"][:44])
+    assert all(name.startswith("refusal:") for name in sink.start.manifest["attribution"]["functionals"][:GROUPS])
     return [window.pairs for window in sink.windows if window.pairs is not None]

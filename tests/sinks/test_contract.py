@@ -23,6 +23,7 @@ METHODS = ("open", "write", "alert", "close")
 FACTORIES: dict[str, Callable[[type[Any], Path], Any]] = {
     "MemorySink": lambda kind, folder: kind(),
     "StoreSink": lambda kind, folder: kind(folder / "run"),
+    "TrackerSink": lambda kind, folder: kind("tensorboard", folder),
     "WandbSink": lambda kind, folder: kind(mode="disabled"),
 }
 
