@@ -266,6 +266,7 @@ class WindowRecord:
     error: str | None = None
     pairs: PairBook | None = None  # None where the window was not attributed
     pairs_seen: tuple[Pair, ...] = ()  # pairs that this window saw first
+    unattributed: str | None = None  # why it has no pairs; None too where attribution.every leaves it out
 
 
 @dataclass(frozen=True)

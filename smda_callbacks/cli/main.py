@@ -14,8 +14,9 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from smda_callbacks import __version__
-from smda_callbacks.cli import audit, check, config_cmd, distill, pairs, quickstart, report, verify
+from smda_callbacks.cli import audit, check, compare, config_cmd, distill, pairs, quickstart, report, verify
 from smda_callbacks.cli import run as run_cmd
+from smda_callbacks.cli import wandb as wandb_cmd
 
 #: Every command: its module has ``HELP`` (one line), ``add_arguments(parser)`` and ``run(args) -> exit code``.
 COMMANDS: dict[str, Any] = {
@@ -26,7 +27,9 @@ COMMANDS: dict[str, Any] = {
     "audit": audit,
     "report": report,
     "pairs": pairs,
+    "compare": compare,
     "verify": verify,
+    "wandb": wandb_cmd,
     "config": config_cmd,
 }
 
@@ -37,6 +40,7 @@ start here:
   smda run --config C -- script.py ...  a run: an unedited training script, with the callback in it
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?
   smda pairs RUN --by refusal:harmful   after a run: which training pairs did it?
+  smda compare A B                      after two runs: in what did they come apart?
 
 exit codes: 0 it held, 1 a check failed, 2 usage or input that cannot be used"""
 

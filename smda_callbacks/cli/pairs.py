@@ -75,10 +75,12 @@ def find_pairs(
     """
     from smda_callbacks.report.ranking import ranked, unexplained_part, unit_of
     from smda_callbacks.sinks.pair_table import column, pair_table
+    from smda_callbacks.sinks.unattributed import unattributed, unattributed_sentence
 
-    table = pair_table(store.start, store.windows())
+    windows = store.windows()
+    table, left_out = pair_table(store.start, windows), unattributed_sentence(store.manifest, windows)
     if table is None:
-        raise PairsError(_nothing(store.path, store.manifest))
+        raise PairsError(_nothing(store.path, store.manifest, left_out))
     name = by or table.functionals[0]
     rows = ranked(table, store.policy, name, quantity=quantity, top=top)
     place, attribution = column(table, name), store.manifest["attribution"]
@@ -90,6 +92,7 @@ def find_pairs(
         "engine": attribution["engine"],
         "pairs": int(table.known.sum()),
         "windows": {"attributed": table.attributed, "booked": table.booked},
+        "not_attributed": {"why": unattributed(store.manifest, windows)[1], "text": left_out},
         "measured": float(table.lines["measured"][place]),
         "unexplained": float(table.lines["unexplained"][place]),
         "unexplained_part": unexplained_part(table, name),
@@ -112,8 +115,9 @@ def show_pairs(out: Screen, found: dict[str, Any]) -> None:
     title = f"{found['functional']} in {found['unit']}: {len(rows)} of {pairs}, by {quantity}"
     show_table(out, title, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
     meaning = _MEANING["audit" if found["kind"] == "audit" else quantity]
-    for line in (meaning, _shifts(found), _covered(found, digits)):
-        out.say(line)
+    for line in (meaning, _shifts(found), _covered(found, digits), found["not_attributed"]["text"]):
+        if line:
+            out.say(line)
 
 
 def _named(names: Sequence[str]) -> dict[str, Cell]:
@@ -201,7 +205,7 @@ def _digits(found: dict[str, Any]) -> int:
     return digits + 1
 
 
-def _nothing(folder: Path, manifest: Any) -> str:
+def _nothing(folder: Path, manifest: Any, left_out: str | None) -> str:
     attribution = manifest.get("attribution") or {}
     if attribution.get("engine", "off") == "off":
         why = f" ({attribution['why']})" if attribution.get("why") else ""
@@ -210,7 +214,8 @@ def _nothing(folder: Path, manifest: Any) -> str:
             "on in the configuration."
         )
     return (
-        f"run {str(folder)!r} has no attributed window yet. Next step: wait for one, or look at attribution.every "
+        f"run {str(folder)!r} has no attributed window yet. {f'{left_out} ' if left_out else ''}"
+        "Next step: wait for one, or look at attribution.every "
         f"({attribution.get('every')}) and at the alerts of smda report."
     )
 

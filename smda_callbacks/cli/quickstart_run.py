@@ -24,7 +24,7 @@ from smda_callbacks.cli.inputs import load_model
 from smda_callbacks.config.build import builtin_path
 from smda_callbacks.config.callback import SMDACallback
 from smda_callbacks.config.load import check_config
-from smda_callbacks.training.callback import group_means, opening_line
+from smda_callbacks.training.lines import group_means, opening_line
 
 SEED = 0
 PROJECT = "smda-quickstart"

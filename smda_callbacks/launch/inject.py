@@ -77,17 +77,22 @@ def watch_training(module: ModuleType) -> None:
 
 
 def add_callback(trainer: Any) -> None:
-    """Give ``trainer`` the callback of SMDA_CONFIG, unless it has one; say so on stderr.
+    """Give ``trainer`` the callback of SMDA_CONFIG, unless it has one; say so on stderr, and let its messages through.
 
     Raises:
         ConfigError: SMDA_CONFIG is missing, or its file has faults.
     """
+    import logging
+
     from smda_callbacks.config.callback import SMDACallback, announce
     from smda_callbacks.training.callback import MeasuringCallback
 
     if any(isinstance(each, MeasuringCallback) for each in trainer.callback_handler.callbacks):
         return
     trainer.add_callback(SMDACallback())
+    logger = logging.getLogger("smda_callbacks")
+    if logger.level == logging.NOTSET:  # a root logger at WARNING would hide the messages that the user has asked for
+        logger.setLevel(logging.INFO)
     if trainer.is_world_process_zero():
         announce(f"callback added to {type(trainer).__name__}, asked for by SMDA=1 or smda run")
 

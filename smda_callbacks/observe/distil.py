@@ -64,7 +64,7 @@ def _identified(
     handle, probes = instrument.handle, instrument.probes
     return replace(
         policy,
-        labels=label_features(handle, model, tokenizer, probes, policy.features, x),
+        labels=label_features(handle, model, tokenizer, probes, policy.features, x, team=instrument.team),
         sae_id=handle.id,
         probe_hash=probes.hash,
         model_id=model_id(model),

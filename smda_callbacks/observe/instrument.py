@@ -6,7 +6,7 @@ only by the weights of the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,10 +24,12 @@ from smda_callbacks.observe.batches import (
     tokenize_probes,
 )
 from smda_callbacks.observe.behaviour import Scorer, openings_of, prefix_probability, score
+from smda_callbacks.observe.divided import device_of, is_divided
 from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
-from smda_callbacks.observe.prefixes import PrefixError, build_tree, check_prefix_free
+from smda_callbacks.observe.preference import preference_tree, scores_texts
+from smda_callbacks.observe.prefixes import PrefixError, PrefixTree, build_tree, check_prefix_free
 from smda_callbacks.observe.probes import ProbeSet
-from smda_callbacks.observe.reading import Part, Reading, Visitor, assemble, read, read_parts
+from smda_callbacks.observe.reading import Part, Reading, Visitor, assemble, read, read_parts, tree_in_one_pass
 from smda_callbacks.observe.sae import SAEHandle, check_fit
 from smda_callbacks.observe.sharding import Command, Move, Team
 from smda_callbacks.records import Array, Snapshot
@@ -58,19 +60,29 @@ class Instrument:
         """Names of the behaviours, in the order of the columns of y."""
         return tuple(each.name for each in self.scorers)
 
+    @property
+    def by_preference(self) -> bool:
+        """Whether behaviours are those of a reward model: which opening it prefers, not which it says."""
+        return self.batches.tree.prior is not None
+
     def read(self, model: nn.Module, visit: Visitor | None = None) -> Reading:
         """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`.
 
         With a team, every process reads its share of the batches, unless they are to be visited here.
         """
         if self.team is not None and visit is None:
-            return assemble(self.team.read(self.command, lambda: self.read_share(model)), self.batches)
+            parts = self.team.read(self.command, lambda: self.read_share(model), divided=is_divided(model))
+            return assemble(parts, self.batches)
         return read(model, self.batches, self.handle.site, self.encode, readout=self.readout, visit=visit)
 
     def read_share(self, model: nn.Module) -> list[Part]:
         """This process's part of a reading."""
-        wanted = self.batches.batches if self.team is None else self.team.share(self.batches.batches)
-        return read_parts(model, self.batches, wanted, self.handle.site, self.encode, readout=self.readout)
+        batches, team = self.batches.batches, self.team
+        wanted = batches if team is None else team.share(batches)
+        in_step = team.in_step(len(batches)) if team is not None and is_divided(model) else None
+        return read_parts(
+            model, self.batches, wanted, self.handle.site, self.encode, readout=self.readout, in_step=in_step
+        )
 
     def snapshot(self, step: int, reading: Reading) -> Snapshot:
         """(X, Y) of a reading as float64 numpy arrays."""
@@ -138,7 +150,7 @@ def build_instrument(
     encode_opening = response_encoder(tokenizer, first, lead)
     for each in scorers:
         check_prefix_free({each.name: each.openings, **(contrast or {})}, encode_opening)
-    tree = build_tree(openings_of(scorers), encode_opening)
+    tree = _tree(model, scorers, contrast or {}, encode_opening)
     config = unwrap(model).config
     ids = tokenize_probes(
         tokenizer,
@@ -149,6 +161,22 @@ def build_instrument(
         template=template,
     )
     batches = make_batches(ids, tree, batch_size=batch_size, pad=tokenizer.pad_token_id or 0)
-    device = next(model.parameters()).device
-    handle = handle.to(device)
+    handle = handle.to(device_of(model))
     return Instrument(handle, probes, batches, tuple(scorers), target, readout, encoder(handle))
+
+
+def _tree(
+    model: nn.Module,
+    scorers: Sequence[Scorer],
+    contrast: Mapping[str, Sequence[str]],
+    encode: Callable[[str], Sequence[int]],
+) -> PrefixTree:
+    """The openings that are read: those of the scorers, and with a reward model those that it chooses between."""
+    if not scores_texts(model):
+        return build_tree(openings_of(scorers), encode)
+    if not tree_in_one_pass(model):
+        raise ValueError(
+            "a reward model is read with masks of our own, which its attention does not take. Allowed: "
+            "attn_implementation sdpa or eager. Next step: load the model with one of these."
+        )
+    return preference_tree([*(each.openings for each in scorers), *contrast.values()], encode)

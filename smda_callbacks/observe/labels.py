@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.preference import has_language_head
 from smda_callbacks.observe.probes import ProbeSet
 from smda_callbacks.observe.sae import SAEHandle
+from smda_callbacks.observe.sharding import Team, whole_weights
 from smda_callbacks.records import Array, FeatureLabel
 
 
@@ -23,13 +25,14 @@ def label_features(
     x: Array,
     *,
     top: int = 5,
+    team: Team | None = None,
 ) -> tuple[FeatureLabel, ...]:
     """Labels of ``features`` (SAE indices) from their activations ``x [probe, feature]`` and decoder directions.
 
     Promoted tokens are the largest entries of W_dec[feature] @ W_U, the direct path to the logits without the final
-    norm: a hint, not a measurement.
+    norm: a hint, not a measurement. A reward model promotes none.
     """
-    promoted, suppressed = _token_effects(handle, model, tokenizer, features, top)
+    promoted, suppressed = _token_effects(handle, model, tokenizer, features, top, team)
     labels = []
     for column, feature in enumerate(features):
         order = np.argsort(-x[:, column], kind="stable")[:top]
@@ -46,9 +49,11 @@ def label_features(
 
 
 def _token_effects(
-    handle: SAEHandle, model: nn.Module, tokenizer: Any, features: np.ndarray, top: int
+    handle: SAEHandle, model: nn.Module, tokenizer: Any, features: np.ndarray, top: int, team: Team | None
 ) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    unembedding = unwrap(model).get_output_embeddings().weight
+    if not has_language_head(model):
+        return [()] * len(features), [()] * len(features)
+    [unembedding] = whole_weights(model, [unwrap(model).get_output_embeddings().weight], team, keep=lambda whole: whole)
     with torch.no_grad():
         directions = handle.sae.W_dec[torch.as_tensor(features, device=handle.sae.W_dec.device)]
         effects = directions.to(unembedding.device, unembedding.dtype) @ unembedding.T

@@ -11,10 +11,11 @@ from torch import nn
 
 from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.uncertainty import rms_floor
+from smda_callbacks.observe.divided import own_part, part_like
 from smda_callbacks.observe.guard import weights_restored
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.reading import Reading
-from smda_callbacks.observe.sharding import Move
+from smda_callbacks.observe.sharding import Move, Team, whole_weights
 from smda_callbacks.records import Array, NoiseFloor, PolicyRecord, Snapshot
 
 #: Size of the second perturbation, relative to the first: small enough that only rounding is left.
@@ -46,7 +47,10 @@ def random_readings(
 
 
 class RandomMoves:
-    """Random updates of ``parameters``, the same ones wherever they are drawn: on every process, in one order."""
+    """Random updates of ``parameters``, the same ones wherever they are drawn: on every process, in one order.
+
+    Where a process holds a part of a weight, that part of the weight's update is its own.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
@@ -64,9 +68,11 @@ class RandomMoves:
         for _ in range(done, move.draw):
             for parameter in self._parameters:
                 self._signs(parameter)
-        with weights_restored(self._parameters), torch.no_grad():
-            for parameter in self._parameters:
-                parameter.add_(self._signs(parameter).to(parameter.device, parameter.dtype), alpha=move.size)
+        parts = [own_part(parameter) for parameter in self._parameters]
+        with weights_restored(parts), torch.no_grad():
+            for part, parameter in zip(parts, self._parameters, strict=True):
+                signs = part_like(self._signs(parameter), parameter)
+                part.add_(signs.to(part.device, part.dtype), alpha=move.size)
             self._next = (move.seed, move.draw + 1)
             yield
 
@@ -75,10 +81,14 @@ class RandomMoves:
 
 
 class UpdateMeter:
-    """Root mean square change per trained weight since the last reset. Keeps one copy of the trained weights."""
+    """Root mean square change per trained weight since the last reset. Keeps one copy of the trained weights.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._parameters = trained_parameters(model)
+    ``team``: helps where the weights are divided over its processes.
+    """
+
+    def __init__(self, model: nn.Module, team: Team | None = None) -> None:
+        self._model, self._team, self._parameters = model, team, trained_parameters(model)
+        self._before: list[torch.Tensor]
         self.reset()
 
     @property
@@ -88,19 +98,23 @@ class UpdateMeter:
 
     def start_from(self, before: Sequence[torch.Tensor]) -> None:
         """Go on with a window that began at the weights ``before``."""
-        self._before = [each.to(parameter) for each, parameter in zip(before, self._parameters, strict=True)]
+        pairs = zip(before, self._before, strict=True)
+        self._before = [each.to(now.device, now.dtype) for each, now in pairs]
 
     def reset(self) -> None:
         """Start a new window here."""
-        self._before = [parameter.detach().clone() for parameter in self._parameters]
+        self._before = self._now()
 
     def rms(self) -> float:
         """Root mean square change per trained weight."""
         squares, count = 0.0, 0
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            squares += (parameter.detach() - before).double().square().sum().item()
-            count += parameter.numel()
+        for now, before in zip(self._now(), self._before, strict=True):
+            squares += (now - before).double().square().sum().item()
+            count += now.numel()
         return float((squares / count) ** 0.5) if count else 0.0
+
+    def _now(self) -> list[torch.Tensor]:
+        return whole_weights(self._model, self._parameters, self._team)
 
 
 def measure_noise(

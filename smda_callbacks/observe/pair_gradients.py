@@ -7,6 +7,7 @@ it tells which features the example was about.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,12 +38,22 @@ class Captured:
         """Memory of the gradients."""
         return sum(each.element_size() * each.numel() for each in self.gradients)
 
+    def to(self, device: torch.device) -> Captured:
+        """The same on another device."""
+        gradients = tuple(each.to(device) for each in self.gradients)
+        prompts = tuple(None if each is None else each.to(device) for each in self.prompts)
+        return Captured(self.examples, gradients, prompts)
+
 
 class PairCapture:
     """Captures the training examples of a step. Attach it before the step's first forward pass, stop it before the
-    optimizer's step, ask it afterwards.
+    optimizer's step, ask it afterwards. Nothing is captured outside of a step.
+
+    A training that breaks off tells nobody. The hooks that it leaves on the model take themselves off at the model's
+    next forward pass.
 
     Args:
+        training: whether the training that is watched still runs, asked before every forward pass of the model.
         limit: most bytes of gradients to hold; a step that needs more is given up (``take`` raises), training is not.
         site: where the SAE reads.
         marker: tokens that stand where an answer begins, for data whose labels do not tell.
@@ -57,9 +68,11 @@ class PairCapture:
         readout: Readout,
         limit: int,
         marker: tuple[int, ...] | None = None,
+        training: Callable[[], bool] = lambda: True,
     ) -> None:
         self.sites, self.readout, self.limit, self.marker = sites, readout, limit, marker
-        self._watch = BatchWatch(model, self._begin)
+        self._training, self._in_step = training, False
+        self._watch = BatchWatch(model, self._begin, self._is_wanted)
         self._tap = Tap(sites, self._consume, listening=self._is_listening, recomputed=_checkpoints(model))
         self._layer, self._kind = find_module(model, site), site.kind
         self._layer_hook: Any = None
@@ -73,6 +86,7 @@ class PairCapture:
     def attach(self) -> None:
         """Hook the model, and start a step: forget the last one. The hooks stay on until ``detach``."""
         self._clear()
+        self._in_step = True
         self._watch.attach()
         self._tap.attach()
         if self._layer_hook is None:
@@ -82,13 +96,13 @@ class PairCapture:
 
     def stop(self) -> None:
         """The step's passes are over: look at nothing until the next ``attach``."""
-        self._expected = None
-        self._watch.detach()
+        self._expected, self._in_step = None, False
         self._tap.forget()
 
     def detach(self) -> None:
         """Take all hooks off; what was captured stays until the next step."""
         self.stop()
+        self._watch.detach()
         self._tap.detach()
         if self._layer_hook is not None:
             self._layer_hook.remove()
@@ -122,7 +136,26 @@ class PairCapture:
         self._parts = [[] for _ in self.sites]
         self._held = 0
 
+    def _is_wanted(self) -> bool:
+        """Whether a forward pass that begins now belongs to a step; takes the hooks off where training is over."""
+        if self._training():
+            return self._in_step
+        self.detach()
+        self._clear()
+        return False
+
     def _begin(self, examples: list[Sequence], shape: tuple[int, ...]) -> None:
+        # An exception inside a hook would end the training: it is kept for ``take``.
+        try:
+            self._expect(examples, shape)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._expected = None
+        self._error = f"gradients of pairs could not be captured ({type(error).__name__}: {error})"
+
+    def _expect(self, examples: list[Sequence], shape: tuple[int, ...]) -> None:
         known = [self._with_prompt(each) for each in examples]
         self._expected, self._shape = known, tuple(shape)
         self._row_each = [each.row for each in known] == list(range(shape[0]))
@@ -139,11 +172,10 @@ class PairCapture:
         return self._expected is not None and self._error is None
 
     def _consume(self, number: int, seen: Tensor, gradient: Tensor) -> None:
-        # An exception inside a hook would end the training: it is kept for ``take``.
         try:
             self._add(number, seen, gradient)
         except Exception as error:
-            self._error = f"gradients of pairs could not be captured ({type(error).__name__}: {error})"
+            self._fail(error)
 
     def _add(self, number: int, seen: Tensor, gradient: Tensor) -> None:
         if self._expected is None or self._error:
@@ -174,10 +206,16 @@ class PairCapture:
         return torch.cat([per_row(seen[place], gradient[place]) for place in places])
 
     def _after_layer(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._keep_prompts(output)
+        self._keep(output)
 
     def _before_layer(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._keep_prompts(args[0] if args else kwargs.get("hidden_states"))
+        self._keep(args[0] if args else kwargs.get("hidden_states"))
+
+    def _keep(self, output: Any) -> None:
+        try:
+            self._keep_prompts(output)
+        except Exception as error:
+            self._fail(error)
 
     def _keep_prompts(self, output: Any) -> None:
         stream = output[0] if isinstance(output, tuple) else output

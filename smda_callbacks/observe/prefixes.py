@@ -44,6 +44,7 @@ class PrefixTree:
 
     Node 0 is the last prompt token; node k > 0 holds ``tokens[k]`` after node ``parents[k]``. An edge is a next-token
     probability that must be read: ``edge_nodes[e]`` predicts ``edge_tokens[e]``. ``paths[o]``: edges of opening o.
+    ``prior``: log weight of every opening where a reward model chooses between them; None for language models.
     """
 
     openings: tuple[str, ...]
@@ -53,6 +54,7 @@ class PrefixTree:
     edge_nodes: NDArray[np.int64]
     edge_tokens: NDArray[np.int64]
     paths: tuple[tuple[int, ...], ...]
+    prior: tuple[float, ...] | None = None
 
     @property
     def depths(self) -> tuple[int, ...]:

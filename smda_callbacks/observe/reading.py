@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from smda_callbacks.observe.activations import HookSite, captured, unwrap
 from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
+from smda_callbacks.observe.divided import InStep, device_of, gathered_anew, unbroken
 from smda_callbacks.observe.features import Encoder, Readout, pool
 from smda_callbacks.observe.guard import measuring
+from smda_callbacks.observe.preference import choice_log_probs, score_edges
 from smda_callbacks.records import Array
 
 logger = logging.getLogger("smda_callbacks")
@@ -89,21 +92,28 @@ def read_parts(
     *,
     readout: Readout = "last",
     visit: Visitor | None = None,
+    in_step: InStep | None = None,
 ) -> list[Part]:
-    """Read the batches ``wanted`` of ``batches``; the rest as :func:`read`, which puts the parts together."""
+    """Read the batches ``wanted`` of ``batches``; the rest as :func:`read`, which puts the parts together.
+
+    ``in_step``: for a model that is divided over processes.
+    """
     one_pass = tree_pass if tree_in_one_pass(model) else _cached_pass
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def one(batch: ProbeBatch) -> Part:
-        batch = batch.to(device)
-        stream, edges = one_pass(model, batch, batches, site)
+        with unbroken("a forward pass over probes") if in_step is not None else contextlib.nullcontext():
+            batch = batch.to(device)
+            stream, edges = one_pass(model, batch, batches, site)
         pre, gate = _features(stream, batch, encode, readout)
         if visit is not None:
             visit(batch, pre, gate, edges)
         last = stream[:, -1].detach().float().clone()  # a view would keep the whole stream
         return Part(batch.index, last, pre.detach(), gate.detach(), edges.detach())
 
-    with measuring(model, gradients=visit is not None):
+    with measuring(model, gradients=visit is not None), gathered_anew(model):
+        if in_step is not None:
+            return in_step.rounds_of(one, wanted, spare=batches.batches[-1])
         if visit is not None:  # a visitor may have seen half of what it wants of a batch
             return [one(batch) for batch in wanted]
         return [part for batch in wanted for part in in_memory(one, batch)]
@@ -169,15 +179,18 @@ def _features(stream: Tensor, batch: ProbeBatch, encode: Encoder, readout: Reado
 def tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
     """Prompt and tree in one pass. Returns the stream ``[row, width + 1, d]`` and edge log-probs ``[row, edge]``."""
     nodes = len(batches.tree.tokens)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": masks(model, batch),
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
     with captured(model, site) as seen:
-        output = model(
-            input_ids=batch.input_ids,
-            attention_mask=masks(model, batch),
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=nodes,
-        )
-    return seen[0][:, : batch.width + 1], _edge_log_probs(output.logits[:, -nodes:], batches)
+        if batches.tree.prior is not None:
+            edges = score_edges(model, inputs, batches.tree)
+        else:
+            edges = _edge_log_probs(model(**inputs, logits_to_keep=nodes).logits[:, -nodes:], batches)
+    return seen[0][:, : batch.width + 1], edges
 
 
 def masks(model: nn.Module, batch: ProbeBatch) -> Tensor | dict[str, Tensor]:
@@ -249,7 +262,9 @@ def _edge_log_probs(logits: Tensor, batches: ProbeBatches) -> Tensor:
 
 def opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:
     """``edges [row, edge]``, log P of the tree's edges -> log P of its openings ``[row, opening]``."""
-    return np.stack([edges[:, list(path)].sum(axis=1) for path in batches.tree.paths], axis=1)
+    tree = batches.tree
+    found = np.stack([edges[:, list(path)].sum(axis=1) for path in tree.paths], axis=1)
+    return found if tree.prior is None else choice_log_probs(found, tree.prior)
 
 
 def _check_finite(hidden: Tensor, log_probs: Array) -> None:

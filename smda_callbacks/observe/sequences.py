@@ -101,11 +101,11 @@ class BatchWatch:
 
     Training means: the module is in train mode and gradients are on. Evaluations, probes and the second, gradient-free
     pass that some losses make are left out. A batch that cannot be read is said once in the log and left out too; what
-    the listener raises is its own.
+    the listener raises is its own. ``wanted`` is asked first at every forward pass, whoever makes it.
     """
 
-    def __init__(self, model: nn.Module, listener: Listener) -> None:
-        self.model, self.listener = model, listener
+    def __init__(self, model: nn.Module, listener: Listener, wanted: Callable[[], bool] = lambda: True) -> None:
+        self.model, self.listener, self.wanted = model, listener, wanted
         self._handle: Any = None
         self._warned = False
 
@@ -123,7 +123,7 @@ class BatchWatch:
             self._handle = None
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not (module.training and torch.is_grad_enabled()):
+        if not (self.wanted() and module.training and torch.is_grad_enabled()):
             return
         given = {"input_ids": args[0], **kwargs} if args else kwargs
         try:

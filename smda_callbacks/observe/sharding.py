@@ -8,10 +8,14 @@ they could not. Nobody waits for a process that failed, and nobody has to know w
 
 All processes make the same batches, so a batch is the same tensor whoever reads it, and a reading is bit for bit that
 of one process. Objects travel over a group of processes of their own on the CPU: training's own are left alone.
+
+Where FSDP2 divides the model over the processes, forward passes are made in step: before each, every process says
+whether it can go on, and all leave the reading where one cannot. Only within a pass nobody can be told.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +23,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
+from smda_callbacks.observe.divided import BrokenPassError, InStep, LeftError, is_part, put_together
 from smda_callbacks.observe.reading import Part
 
 #: How long to wait for the other processes to join, in seconds: they stand at the same line of the trainer.
@@ -46,19 +52,22 @@ class Move:
 class Command:
     """What the first process tells the others.
 
-    ``read``: read your batches, these SAE features (None: all), with weights moved by ``move``. ``done``: go on with
-    training. ``stop``: the first process gives up, ``text`` says why.
+    ``read``: read your batches, these SAE features (None: all), with weights moved by ``move``. ``weights``: help to
+    put the weights of these ``names`` together. ``done``: go on with training; ``capture``: send what your examples'
+    gradients are after every optimizer step. ``stop``: the first process gives up, ``text`` says why.
     """
 
-    what: Literal["read", "done", "stop"]
+    what: Literal["read", "weights", "done", "stop"]
     features: tuple[int, ...] | None = None
     move: Move | None = None
+    names: tuple[str, ...] = ()
+    capture: bool = False
     text: str = ""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process could not read."""
+    """Why a process could not do its part."""
 
     text: str
 
@@ -84,42 +93,93 @@ class Team:
         """This process's share of ``items``, dealt in turn."""
         return list(items[self.rank :: self.size])
 
-    def gather(self, found: list[Part] | Failure) -> list[list[Part] | Failure]:
+    def agree(self, left: int) -> bool:
+        """Whether all processes have as many batches ``left`` to read, and can; all call it at the same time.
+
+        ``left``: below zero where this process cannot go on.
+        """
+        ends = torch.tensor([left, -left])
+        dist.all_reduce(ends, op=dist.ReduceOp.MIN, group=self._group)
+        least, most = int(ends[0]), -int(ends[1])
+        return 0 <= least == most
+
+    def in_step(self, batches: int) -> InStep:
+        """How to read ``batches`` together where the model is divided over the processes."""
+        return InStep(math.ceil(batches / self.size), self.agree)
+
+    def gather(self, found: Any) -> list[Any]:
         """What every process found, by rank, on the first process; nothing on the others."""
         everything: list[Any] = [None] * self.size if self.rank == 0 else []
         dist.gather_object(found, everything or None, dst=0, group=self._group)
         return everything
 
-    def read(self, command: Command, own: Callable[[], list[Part]]) -> list[Part]:
+    def read(self, command: Command, own: Callable[[], list[Part]], *, divided: bool = False) -> list[Part]:
         """Have all processes read; returns all parts, on the device where this process finds its own.
+
+        Args:
+            divided: the model is divided over the processes, and ``own`` reads in step with the others.
 
         Raises:
             ProcessError: another process could not read. What this process raises comes through as it is.
+            BrokenPassError: this process left the others in a forward pass.
         """
         self.tell(command)
-        mine: list[Part] = []
-        fault: Exception | None = None
-        try:
-            mine = own()
-        except Exception as error:
-            fault = error
+        mine = self._own(own, divided)
         everything = self.gather([])  # also after a fault: the others are waiting
-        if fault is not None:
-            raise fault
+        if isinstance(mine, Exception) and not isinstance(mine, LeftError):
+            raise mine
         failures = [f"process {k}: {found.text}" for k, found in enumerate(everything) if isinstance(found, Failure)]
         if failures:
             raise ProcessError(f"not every process could read its probes. {'; '.join(failures)}")
+        if isinstance(mine, LeftError):
+            raise ProcessError(
+                "the processes have different numbers of batches to read. Next step: give every process the same "
+                "configuration."
+            )
         others = [part for found in everything if not isinstance(found, Failure) for part in found]
         return mine + [part.to(mine[0].hidden.device) for part in others]
 
-    def answer(self, own: Callable[[], list[Part]]) -> None:
+    def answer(self, own: Callable[[], list[Part]], *, divided: bool = False) -> None:
         """Take part in a reading that was heard of; what goes wrong is sent, not raised."""
-        found: list[Part] | Failure
+        found = self._own(lambda: [part.to(torch.device("cpu")) for part in own()], divided)
+        if isinstance(found, LeftError):
+            found = []  # the one that could not go on says why
+        self.gather(Failure(told(found)) if isinstance(found, Exception) else found)
+
+    def _own(self, own: Callable[[], list[Part]], divided: bool) -> list[Part] | Exception:
+        """This process's parts, or why there are none; the others are told in time."""
+        found: list[Part] | Exception
         try:
-            found = [part.to(torch.device("cpu")) for part in own()]
+            found = own()
+        except BrokenPassError:
+            raise
+        except LeftError as error:
+            return error
         except Exception as error:
-            found = Failure(told(error))
-        self.gather(found)
+            found = error
+        if divided:
+            self.agree(-1 if isinstance(found, Exception) else 0)
+        return found
+
+
+def whole_weights(
+    model: nn.Module, wanted: Sequence[Tensor], team: Team | None, keep: Callable[[Tensor], Tensor] = torch.Tensor.clone
+) -> list[Tensor]:
+    """What ``keep`` keeps of each of these weights of ``model``, put together where they are divided over processes.
+
+    The first process calls it, and the others help. ``keep`` must not return a view: it would hold on to the whole.
+    """
+    if team is not None and any(map(is_part, wanted)):
+        numbers = {id(each): name for name, each in model.named_parameters(remove_duplicate=False)}
+        team.tell(Command("weights", names=tuple(numbers[id(each)] for each in wanted)))
+    return [keep(put_together(each.detach())) for each in wanted]
+
+
+def help_with_weights(model: nn.Module, names: Sequence[str]) -> None:
+    """What the other processes do at :func:`whole_weights`."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    for name in names:
+        put_together(weights[name])
 
 
 def told(error: Exception) -> str:

@@ -10,6 +10,13 @@ from smda_callbacks.report.audit_verdict import audit_facts, audit_tiles
 from smda_callbacks.report.data import RunData, missed
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, signed
 from smda_callbacks.report.verdict import probes_to, verdict, worst_category
+from smda_callbacks.sinks.unattributed import unattributed_sentence
+
+#: How a reward model's behaviour is to be read.
+PREFERENCE = (
+    "of a reward model: the probability that it prefers the behaviour's openings of an answer to the others, by its "
+    "scores (Bradley and Terry); every list of openings starts with the same weight"
+)
 
 
 def head(data: RunData, behaviour: int) -> Html:
@@ -82,6 +89,7 @@ def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
         ("run", _text(manifest.get("run_id"))),
         ("created", _text(manifest.get("created"))),
         ("model", f"{_text(model.get('id') or policy.model_id)} ({_text(model.get('class'))})"),
+        *([("behaviour", PREFERENCE)] if manifest.get("scored_by") == "preference" else []),
         ("SAE", f"{_text(sae.get('id') or policy.sae_id)} ({_text(sae.get('architecture'))}, "
                 f"{_text(sae.get('d_sae'))} features, at {_text(sae.get('hook_name'))})"),
         ("policy R²", f"{fixed(quality.r2)} in sample, {fixed(quality.r2_loo)} leave-one-out, "
@@ -123,7 +131,9 @@ def attribution_sentence(data: RunData) -> str:
     if not found:
         return "not attributed"
     why = str(found.get("why") or "no reason is known").rstrip(".")
-    return f"not attributed: {why}" if found.get("engine", "off") == "off" else "no window has been attributed yet"
+    if found.get("engine", "off") == "off":
+        return f"not attributed: {why}"
+    return unattributed_sentence(data.store.manifest, data.windows) or "no window has been attributed yet"
 
 
 def _hashes(manifest: Mapping[str, Any], sae: Mapping[str, Any], model: Mapping[str, Any]) -> Html:

@@ -13,7 +13,7 @@ from smda_callbacks.records import WindowRecord
 from smda_callbacks.sinks import wandb_media as media
 from smda_callbacks.sinks.codec import dumps
 from smda_callbacks.sinks.metric_values import Progress
-from smda_callbacks.sinks.metrics import STEP, rows_of_window, summary_of_progress
+from smda_callbacks.sinks.metrics import ALERTS, STEP, rows_of_window, summary_of_progress
 from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.sinks.wandb_private import LogText
 from smda_callbacks.sinks.wandb_tables import Table, gaps_table
@@ -22,7 +22,7 @@ from smda_callbacks.sinks.wandb_tables import Table, gaps_table
 RELATIVE, ABSOLUTE = 1e-8, 1e-12
 
 #: The only column of a row that tells of an alert outside a window.
-ALERT = "smda/alerts/count"
+ALERT = ALERTS
 
 
 def logged_faults(store: RunStore, records: list[WindowRecord]) -> tuple[int, list[str]]:

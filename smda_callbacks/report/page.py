@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -48,16 +48,29 @@ def render(data: RunData) -> str:
     """The whole page as text. The same run gives the same text."""
     page, sections = Page(data), sections_of(data)
     body = [element("section", element("h2", _title(each, data)), each.build(page), id=each.name) for each in sections]
+    title = f"{data.store.manifest.get('run_id', data.store.path.name)}: {_what(data).lower()}"
+    return document(title, _bar(data, sections), body, page.figures, page.rankings)
+
+
+def document(
+    title: str,
+    bar: Html,
+    sections: Sequence[Html],
+    figures: Mapping[str, go.Figure],
+    rankings: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> str:
+    """A self-contained page: the bar on top, sections, and what its script draws (see section.Page)."""
     scripts = [Html(get_plotlyjs()), _asset("page.js")]
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=_policy(scripts)),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("title", f"{data.store.manifest.get('run_id', data.store.path.name)}: {_what(data).lower()}"),
+        element("title", title),
         element("style", _asset("page.css")),
     )
-    content = [_bar(data, sections), element("main", *body), _figures(page), *(element("script", s) for s in scripts)]
+    content = [bar, element("main", *sections), _figures(figures, rankings or {})]
+    content += [element("script", each) for each in scripts]
     return f"<!doctype html>\n{element('html', head, element('body', *content), lang='en')}\n"
 
 
@@ -77,17 +90,22 @@ def _policy(scripts: list[Html]) -> str:
 
 def _bar(data: RunData, sections: Sequence[Section]) -> Html:
     """The bar on top: where to go, which behaviour, which theme."""
-    links = [element("a", each.short, href=f"#{each.name}") for each in sections]
-    options = [element("option", name, value=number) for number, name in enumerate(data.behaviours)]
+    return navigation([(each.name, each.short) for each in sections], data.behaviours)
+
+
+def navigation(places: Iterable[tuple[str, str]], behaviours: Sequence[str]) -> Html:
+    """The bar on top, of ``places`` (anchor, title)."""
+    links = [element("a", title, href=f"#{name}") for name, title in places]
+    options = [element("option", name, value=number) for number, name in enumerate(behaviours)]
     chooser = element("label", "behaviour ", element("select", *options, id="chosen-behaviour"))
     button = element("button", "dark / light", id="theme", type="button", title="Switch between dark and light")
     return element("nav", *links, element("span", class_="space"), chooser if len(options) > 1 else None, button)
 
 
-def _figures(page: Page) -> Html:
+def _figures(found: Mapping[str, go.Figure], rankings: Mapping[str, Sequence[Mapping[str, Any]]]) -> Html:
     """All figures as one block of data, drawn when they come into view, and the rankings of pairs."""
-    figures = {key: _plain(found) for key, found in page.figures.items()}
-    content = {"dark": DARK, "figures": figures, "rankings": page.rankings}
+    figures = {key: _plain(each) for key, each in found.items()}
+    content = {"dark": DARK, "figures": figures, "rankings": rankings}
     noscript = element("noscript", "The figures need JavaScript; the tables do not.")
     return join([noscript, element("script", script_json(content), type="application/json", id="figures")])
 

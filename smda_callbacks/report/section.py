@@ -28,9 +28,7 @@ class Page:
 
     def place(self, key: str, caption: str) -> Html:
         """A place for the figure ``key``, as high as it will be."""
-        height = f"min-height:{self.figures[key].layout.height}px"
-        box = element("div", class_="figure", data_figure=key, style=height, role="img", aria_label=caption)
-        return element("figure", box, element("figcaption", caption))
+        return figure_place(key, self.figures[key], caption)
 
     def for_behaviours(self, build: Callable[[Page, int], Html | None]) -> Html:
         """What ``build`` makes for every behaviour; one is shown at a time."""
@@ -60,7 +58,16 @@ def feature_warning(data: RunData) -> Html | None:
     return None if text is None else element("p", text, class_="warning")
 
 
-def chooser(page: Page, prefix: str, selects: Mapping[str, Sequence[tuple[object, str]]], caption: str) -> Html:
+def figure_place(key: str, found: go.Figure, caption: str) -> Html:
+    """The place in a page where the figure ``key`` will be drawn."""
+    height = f"min-height:{found.layout.height}px"
+    box = element("div", class_="figure", data_figure=key, style=height, role="img", aria_label=caption)
+    return element("figure", box, element("figcaption", caption))
+
+
+def chooser(
+    figures: Mapping[str, go.Figure], prefix: str, selects: Mapping[str, Sequence[tuple[object, str]]], caption: str
+) -> Html:
     """Selects by label, of (value, title), over figures with the key ``<prefix>-<value>-<value>…``; the first shown."""
     boxes = [
         element(
@@ -72,4 +79,5 @@ def chooser(page: Page, prefix: str, selects: Mapping[str, Sequence[tuple[object
     ]
     first = "-".join([prefix, *(str(options[0][0]) for options in selects.values())])
     controls = element("p", *boxes, class_="controls")
-    return element("div", controls, page.place(first, caption), class_="chooser", data_prefix=prefix)
+    place = figure_place(first, figures[first], caption)
+    return element("div", controls, place, class_="chooser", data_prefix=prefix)

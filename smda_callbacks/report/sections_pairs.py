@@ -26,6 +26,7 @@ from smda_callbacks.report.pairs_data import (
 from smda_callbacks.report.ranking import unexplained_part, unit_of
 from smda_callbacks.report.section import Page, chooser, feature_warning, say
 from smda_callbacks.report.shifts import shortened
+from smda_callbacks.sinks.unattributed import unattributed_sentence
 
 #: Pairs in the heat map and among the curves; functionals with a ledger; rows of its totals shown at once.
 MAPPED, CURVED, LEDGERS, TOTALS = 30, 8, 12, 12
@@ -66,7 +67,8 @@ def _source(data: RunData, pairs: PairData) -> str:
     if not data.audit:
         text += f" Engine {attribution['engine']}: {attribution.get('why', '')}."
     notes = [str(note).rstrip(".") for note in attribution.get("notes", ())]
-    return " ".join([text, *(f"{note[:1].upper()}{note[1:]}." for note in notes)])
+    left_out = unattributed_sentence(data.store.manifest, data.windows)
+    return " ".join([text, *(f"{note[:1].upper()}{note[1:]}." for note in notes), *([left_out] if left_out else [])])
 
 
 def _names(pairs: PairData, rows: list[int]) -> list[str]:
@@ -120,7 +122,7 @@ def _curves_of(page: Page, m: int) -> Html | None:
     return join([
         element("h3", "Shares of the top pairs over steps"),
         say(texts.CURVES, pairs=min(CURVED, int(pairs.table.known.sum()))),
-        chooser(page, f"curves-{m}", selects, texts.CURVES_CAPTION),
+        chooser(page.figures, f"curves-{m}", selects, texts.CURVES_CAPTION),
     ])  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def _ledger_of(page: Page, m: int) -> Html | None:
     summed = len(books.steps) < pairs.table.attributed
     bars = f"Neighbouring windows are summed, so that there are at most {MOST_BARS} bars." if summed else ""
     selects = {"functional": [(at, name) for at, name in enumerate(names)]}
-    return chooser(page, f"ledger-{m}", selects, texts.LEDGER_CAPTION.format(bars=bars).rstrip())
+    return chooser(page.figures, f"ledger-{m}", selects, texts.LEDGER_CAPTION.format(bars=bars).rstrip())
 
 
 def _ledger_names(pairs: PairData, m: int) -> list[str]:

@@ -47,11 +47,11 @@ def axes_of(pattern: str) -> list[str]:
 def names_of(pattern: str, start: RunStart) -> list[str]:
     """The names that a pattern stands for in a run, the last axis fastest."""
     axes = axes_of(pattern)
-    choices = product(*(_slugs(AXES[axis].of_run(start)) for axis in axes))
+    choices = product(*(slugs(AXES[axis].of_run(start)) for axis in axes))
     return [pattern.format_map(dict(zip(axes, choice, strict=True))) for choice in choices]
 
 
-def _slugs(names: Iterable[str]) -> list[str]:
+def slugs(names: Iterable[str]) -> list[str]:
     """Names fit for a metric's name, all different, in their order."""
     found: list[str] = []
     for name in names:

@@ -22,6 +22,9 @@ from smda_callbacks.sinks.metric_values import Reading
 #: The x axis of every metric, as the Hugging Face trainer names it.
 STEP = "train/global_step"
 
+#: Alone in a row, an alert outside a window; and what every window's row has.
+ALERTS, UNREADABLE = "smda/alerts/count", "smda/run/unreadable"
+
 BEHAVIOUR = "Behaviour by group and category"
 POLICY = "Policy and pathways"
 PAIRS = "Training pairs, in windows that are attributed to them"
@@ -71,7 +74,7 @@ METRICS: tuple[Metric, ...] = (
            "mean over the probes of the category", values.category_means),
     Metric("smda/{behaviour}_change/{category}", BEHAVIOUR, _BEHAVIOUR_UNIT,
            "change of that mean since the start", values.category_changes),
-    Metric("smda/alerts/count", BEHAVIOUR, "alerts",
+    Metric(ALERTS, BEHAVIOUR, "alerts",
            "alerts raised in the window; an alert outside a window has a row of its own",
            lambda r: len(r.window.alerts)),
     Metric("smda/{behaviour}_account_{group}/{row}", POLICY, _BEHAVIOUR_UNIT,
@@ -127,7 +130,7 @@ METRICS: tuple[Metric, ...] = (
            pair_values.of_book(lambda book: book.seconds), pair_values.attributes),
     Metric("smda/run/skipped_steps", COST, "steps",
            "optimizer steps of the window that the optimizer skipped", lambda r: len(r.window.skipped)),
-    Metric("smda/run/unreadable", COST, "0 or 1",
+    Metric(UNREADABLE, COST, "0 or 1",
            "1 where the window could not be measured; the next one spans it",
            lambda r: float(r.window.status != "ok")),
 )  # fmt: skip

@@ -16,6 +16,7 @@ from smda_callbacks.sinks import files
 from smda_callbacks.sinks.attribution import is_audit
 from smda_callbacks.sinks.codec import decode
 from smda_callbacks.sinks.files import StoreError
+from smda_callbacks.sinks.wandb_private import PROBES_SHOWN
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,20 +39,18 @@ class RunStore:
     gaps_start: tuple[Mapping[str, Any], ...]
 
     @classmethod
-    def open(cls, path: str | Path) -> RunStore:
-        """Open the store in the folder ``path``.
+    def open(cls, path: str | Path, *, shown: bool = False) -> RunStore:
+        """Open the store in the folder ``path``; ``shown``: a copy that W&B was sent without texts will do, too.
 
         Raises StoreError: no run store, a half-written one, another schema version, or a missing or damaged file.
         """
         root = Path(path)
         manifest = files.read_manifest(root)
-        noise, probes = root / files.NOISE, root / files.PROBES
-        if not probes.exists():
-            raise files.missing(probes)
+        noise = root / files.NOISE
         return cls(
             path=root,
             manifest=manifest,
-            probes=tuple(decode(Probe, row) for row in files.read_rows(probes)),
+            probes=_read_probes(root, shown),
             policy=read_policy(root),
             noise=files.read_record(noise, NoiseFloor) if noise.exists() else None,
             baseline=_read_baseline(root),
@@ -154,6 +153,16 @@ def read_policy(folder: str | Path) -> PolicyRecord:
     except (KeyError, TypeError, ValueError) as error:
         raise files.damaged(json_file, error) from error
     return policy
+
+
+def _read_probes(root: Path, shown: bool) -> tuple[Probe, ...]:
+    """The probes; from a copy that was sent without them, where ``shown``, with whatever stands for their texts."""
+    path = root / files.PROBES
+    if shown and not path.exists():
+        path = root / PROBES_SHOWN
+    if not path.exists():
+        raise files.missing(root / files.PROBES)
+    return tuple(decode(Probe, {**row, "text": row["text"] or ""}) for row in files.read_rows(path))
 
 
 def _read_baseline(root: Path) -> WindowRecord:

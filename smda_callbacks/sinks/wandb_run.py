@@ -7,7 +7,9 @@ artifacts do (19 s each when it is gone), so they belong into a thread of their 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any, get_args
@@ -16,6 +18,7 @@ from smda_callbacks.records import Alert, RunStart
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.metrics import STEP
 from smda_callbacks.sinks.wandb_private import LogText, shown_files
+from smda_callbacks.sinks.wandb_sent import Into
 from smda_callbacks.sinks.wandb_tables import Table
 
 PROJECT = "smda"
@@ -23,13 +26,17 @@ TITLE_LENGTH = 63
 ANSWERS_WITHIN = 5.0  # seconds; a server that is gone shows as a call of 19 s
 
 #: What a run of our own is started with where the user has set nothing: prompts that the program prints stay here, a
-#: server that is down costs 10 s and not 90, a kill loses 2 s of rows and not 15, the end of the process is bounded.
+#: server may take a minute to be there (nobody waits for it), a kill loses 2 s of rows and not 15, the end is bounded.
 DEFAULTS: Mapping[str, Any] = {
     "console": "off",
-    "init_timeout": 10.0,
+    "init_timeout": 60.0,
     "x_transaction_log_flush_interval": 2.0,
     "finish_timeout": 60.0,
 }
+
+
+#: Seconds that W&B may take to open the run that a stored run is sent into; here somebody waits.
+START_WITHIN = 20.0
 
 
 def check_options(mode: str | None, tables_every: int, log_text: str, finish_timeout: float, queue_size: int) -> None:
@@ -45,29 +52,56 @@ def check_options(mode: str | None, tables_every: int, log_text: str, finish_tim
         )
 
 
-def attach(project: str | None, mode: str | None, known: Mapping[str, Any] | None = None) -> tuple[Any, bool]:
-    """The run that is open, else ``known`` if W&B can go on with it, else a new one; and whether it is our own.
+def open_run() -> Any:
+    """The run that is open in this process; None without one. W&B is not imported for it."""
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+def start_run(
+    project: str | None,
+    mode: str | None,
+    run_id: str | None = None,
+    known: Mapping[str, Any] | None = None,
+    into: Into | None = None,
+) -> Any:
+    """A run of our own: ``into``, else ``known`` if W&B can go on with it, else a new one. May wait for the server.
 
     W&B goes on with a run of its server by its id. Offline it would start the run's rows anew under the old id, so the
-    old run is left as it is. A user's WANDB_RUN_ID goes before. Raises whatever W&B raises.
+    old run is left as it is. A user's WANDB_RUN_ID goes before. ``run_id``: of a new run. Raises whatever W&B raises,
+    and PermissionError without an API key, which nobody can be asked for here.
     """
     import wandb
 
-    if wandb.run is not None:
-        return wandb.run, False
-    settings = own_settings(project, mode)
+    settings = own_settings(project, mode, None if known else run_id)
     again: dict[str, Any] = {}
-    online = (settings.get("mode") or wandb.setup().settings.mode) in ("online", "shared")
-    if known is not None and known["own"] and not known["offline"] and online and "WANDB_RUN_ID" not in os.environ:
+    mode = settings.get("mode") or os.environ.get("WANDB_MODE") or wandb.setup().settings.mode
+    online = mode in ("online", "shared")
+    if into is not None:
+        named = {"id": into.id, "project": into.project, "entity": into.entity, "resume": "allow"}
+        again = {name: value for name, value in named.items() if value is not None}
+        patient = {"init_timeout": START_WITHIN, "finish_timeout": into.patience}
+        settings |= {name: value for name, value in patient.items() if name in settings}  # not what the user has set
+        settings |= {} if "WANDB_SILENT" in os.environ else {"silent": True}
+    elif known is not None and known["own"] and not known["offline"] and online and "WANDB_RUN_ID" not in os.environ:
         again = {"id": known["id"], "project": known["project"], "entity": known["entity"], "resume": "allow"}
-    return wandb.init(settings=wandb.Settings(**settings), **again), True
+    if online:
+        _require_key()
+    return wandb.init(settings=wandb.Settings(**settings), **again)
 
 
-def own_settings(project: str | None, mode: str | None) -> dict[str, Any]:
+def _require_key() -> None:
+    import wandb
+
+    with suppress(TypeError):  # wandb before 0.31 cannot look without asking
+        if not wandb.login(prompt=False, verify=False):
+            raise PermissionError("no API key is known; log in with `wandb login`, or set WANDB_API_KEY or WANDB_MODE")
+
+
+def own_settings(project: str | None, mode: str | None, run_id: str | None = None) -> dict[str, Any]:
     """Settings for a run of our own, without those that the user's environment or W&B settings file has set."""
     import wandb
 
-    wanted = {"project": project or PROJECT, "mode": mode, **DEFAULTS}
+    wanted = {"project": project or PROJECT, "mode": mode, "run_id": run_id, **DEFAULTS}
     known = set(wandb.setup().settings.model_fields_set)
     known |= {name for name in wanted if f"WANDB_{name.upper()}" in os.environ}
     offered = wandb.Settings.model_fields  # some of DEFAULTS came with wandb 0.31
@@ -142,4 +176,9 @@ def _artifact(run: Any, kind: str, start: RunStart) -> Any:
     import wandb
 
     hashes = {name: start.manifest.get(name) for name in ("run_id", "probe_hash", "policy_hash")}
-    return wandb.Artifact(f"smda-{kind}-{run.id}", type=f"smda-{kind}", metadata=hashes)
+    return wandb.Artifact(f"{kind_of(kind)}-{run.id}", type=kind_of(kind), metadata=hashes)
+
+
+def kind_of(content: str) -> str:
+    """Type of the artifact with the ``policy`` or the ``store``."""
+    return f"smda-{content}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,19 @@ def runs_before(logged: Path | None, past: Past | None) -> list[Facts]:
     path = _path(logged)
     if past is None or path is None or not path.exists():
         return []
-    runs: list[Facts] = files.read_json(path)["runs"]
+    runs: list[Facts] = files.read_json(path).get("runs", [])
     return runs
+
+
+def run_name(manifest: Facts) -> str:
+    """The id, in W&B, of a run of our own: from that of the run store, so that the same run is found again.
+
+    Raises StoreError for a manifest without a run id.
+    """
+    found = re.sub(r"[^A-Za-z0-9_-]", "-", str(manifest.get("run_id") or ""))[:64]
+    if not found:
+        raise files.StoreError("the manifest of the run has no run_id, so its W&B run has no name. Give one that has.")
+    return f"smda-{found}"
 
 
 def note_run(logged: Path | None, before: Sequence[Facts], run: Any, own: bool, past: Past | None) -> None:
@@ -32,10 +44,26 @@ def note_run(logged: Path | None, before: Sequence[Facts], run: Any, own: bool, 
     path = _path(logged)
     if path is None or not path.parent.is_dir():
         return
+    now = {**facts_of(run), "own": own, "from_step": 0 if past is None else past.step}
+    files.write_json(path, {**_notes(path), "runs": [*before, now]})
+
+
+def synced_runs(store: Path) -> list[Facts]:
+    """The W&B runs that the stored run was sent to afterwards."""
+    found: list[Facts] = _notes(store / files.WANDB).get("synced", [])
+    return found
+
+
+def note_synced(store: Path, facts: Facts) -> None:
+    """Note in the store that it was sent to the W&B run of ``facts``, in place of an older note of the same run."""
+    others = [each for each in synced_runs(store) if (each["id"], each["offline"]) != (facts["id"], facts["offline"])]
+    files.write_json(store / files.WANDB, {**_notes(store / files.WANDB), "synced": [*others, dict(facts)]})
+
+
+def facts_of(run: Any) -> dict[str, Any]:
+    """What is noted of a W&B run: how to find it again."""
     facts = {name: getattr(run, name, None) for name in ("id", "project", "entity", "url")}
-    step = 0 if past is None else past.step
-    now = {**facts, "own": own, "offline": bool(getattr(run, "offline", False)), "from_step": step}
-    files.write_json(path, {"runs": [*before, now]})
+    return {**facts, "offline": bool(getattr(run, "offline", False))}
 
 
 def link(before: Sequence[Facts], run: Any) -> dict[str, Any]:
@@ -55,6 +83,10 @@ def link(before: Sequence[Facts], run: Any) -> dict[str, Any]:
         last["id"],
     )
     return {CONTINUES: {key: last[key] for key in ("id", "project", "entity", "url")}}
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    return dict(files.read_json(path)) if path.exists() else {}
 
 
 def _path(logged: Path | None) -> Path | None:

@@ -2,8 +2,11 @@
 
 Rules, each for a measured reason (wandb 0.31):
 
-* Scalars go out directly, they never wait. Tables, plots, artifacts, alerts and the end of a run of our own wait for
-  the server, so one daemon thread does them, behind a queue that drops what it cannot take.
+* Scalars go out directly, they never wait. Tables, plots, artifacts, alerts and the start and end of a run of our own
+  wait for the server, so one daemon thread does them, behind a queue that drops what it cannot take. What is logged
+  before the run is open is sent once it is. See :mod:`smda_callbacks.sinks.wandb_channel`.
+* A server that is gone costs a run ``finish_timeout`` seconds, start, end and the end of the process together. A run of
+  somebody else's ends as it was set up to; the sink does not wait for that.
 * Every call is wrapped: a W&B that fails costs one warning, then silence, and nothing in training.
 * Rows carry ``train/global_step`` and no ``step=``; metrics are defined by their exact names.
 * A run that somebody else opened is used and left open; a run of our own is finished.
@@ -16,7 +19,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +28,12 @@ from typing import Any
 from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
 from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_runs, wandb_tables
 from smda_callbacks.sinks.metric_values import Progress, progress_of
-from smda_callbacks.sinks.metrics import STEP, metric_names, rows_of_window, summary_of_progress
+from smda_callbacks.sinks.metrics import ALERTS, STEP, metric_names, rows_of_window, summary_of_progress
 from smda_callbacks.sinks.past import Past
+from smda_callbacks.sinks.wandb_channel import Channel, Opening
 from smda_callbacks.sinks.wandb_private import LogText
+from smda_callbacks.sinks.wandb_sent import Into, Sent
 from smda_callbacks.sinks.wandb_tables import Table
-from smda_callbacks.sinks.wandb_worker import Worker
 
 logger = logging.getLogger("smda_callbacks")
 
@@ -46,8 +51,9 @@ class WandbSink:
             ``{"step", "summary"}``; default: ``logged.jsonl`` in the run store, if there is one.
         past: the earlier part of the run, where it goes on from a checkpoint: in the same W&B run where W&B can, else
             in one whose configuration names the earlier one as ``smda_continues``.
+        into: the run of W&B's to send to, and what it has already: a stored run is sent afterwards.
         alerts: whether alerts may be raised in W&B.
-        finish_timeout: seconds that ``close`` may wait for what is still on its way.
+        finish_timeout: seconds that ``close`` may wait for what is still on its way, all that training waits for W&B.
         queue_size: tables, plots, alerts and artifacts that may wait; more are dropped.
     """
 
@@ -61,29 +67,36 @@ class WandbSink:
         store_path: Path | None = None,
         logged_path: Path | None = None,
         past: Past | None = None,
+        into: Into | None = None,
         alerts: bool = True,
-        finish_timeout: float = 10.0,
+        finish_timeout: float = 9.0,
         queue_size: int = 32,
     ) -> None:
         wandb_run.check_options(mode, tables_every, log_text, finish_timeout, queue_size)
         self.project, self.mode, self.tables_every, self.log_text = project, mode, tables_every, log_text
         self.store_path, self.alerts, self.finish_timeout = store_path, alerts, finish_timeout
         self.logged_path = logged_path or (store_path / files.LOGGED if store_path else None)
-        self._past = past
-        self.failures = 0  # calls that raised
-        self._worker = Worker(self._failed, queue_size)
+        self._past, self._into, self._sent = past, into, into.sent if into else Sent()
+        self.failures, self.first_failure = 0, ""  # calls that raised
         self._lock = threading.Lock()  # of the count of failures
         self._log_lock = threading.Lock()  # the worker writes to logged.jsonl too
         self._start: RunStart | None = None
-        self._run: Any = None
-        self._own = self._tried = self._closed = False
+        self._before: Sequence[wandb_runs.Facts] = ()
+        self._channel = Channel(Opening(wandb_run.open_run, self._start_run, self._introduce), self._failed, queue_size)
+        self._begun = self._closed = False
+        self._alerts_sent = Counter(self._sent.alerts)
         self._windows = 0
         self._tables_at: int | None = None  # step of the last tables that were queued
 
     @property
     def dropped(self) -> int:
-        """Tables, plots, alerts and artifacts that found the queue full."""
-        return self._worker.dropped
+        """Tables, plots, alerts and artifacts that found the queue full; rows that waited too long for a run."""
+        return self._channel.dropped
+
+    @property
+    def run(self) -> Any:
+        """W&B's run; None before there is one."""
+        return self._channel.run
 
     def open(self, start: RunStart) -> None:
         """Check the names of the metrics; W&B is not touched before the first write.
@@ -104,7 +117,7 @@ class WandbSink:
         start = self._opened()
         self._progress = self._progress.after(window)
         self._windows += 1
-        if not self._attached(start):
+        if not self._reaches(start):
             return
         self._log(lambda: rows_of_window(window, start, self._progress.total), window.step)
         if self._windows % self.tables_every == 0:
@@ -115,8 +128,11 @@ class WandbSink:
     def alert(self, alert: Alert) -> None:
         """Count and send an alert that belongs to no window."""
         start = self._opened()
-        if self._attached(start):
-            self._log(lambda: {"smda/alerts/count": 1.0}, alert.step)
+        if self._reaches(start):
+            if self._alerts_sent[alert.step] > 0:
+                self._alerts_sent[alert.step] -= 1
+            else:
+                self._send_row({ALERTS: 1.0, STEP: alert.step}, alert.step)
             self._submit_alert(start, alert)
 
     def close(self, end: RunEnd) -> None:
@@ -124,15 +140,13 @@ class WandbSink:
         if self._closed or self._start is None:
             return
         self._closed = True
-        if self._run is not None:
+        if self._begun:
             self._guard("sending the summary", lambda: self._send_summary(end.step))
             self._submit_end(self._start, end)
-        if not self._worker.close(self.finish_timeout):
-            waited = TimeoutError(
-                f"not everything was sent within {self.finish_timeout:g} s; it goes on in the background while the "
-                "process lives"
-            )
-            self._failed("closing", waited)
+        if not self._channel.close(0 if end.status == "finished" else 1, self.finish_timeout):
+            gone = "the W&B server is gone, and the run was given up there"
+            slow = f"not everything was sent within {self.finish_timeout:g} s; it goes on in the background"
+            self._failed("closing", TimeoutError(gone if self._channel.let_go else slow))
         logger.debug("W&B: %d calls failed, %d were dropped", self.failures, self.dropped)
 
     def _opened(self) -> RunStart:
@@ -143,50 +157,69 @@ class WandbSink:
             )
         return self._start
 
-    def _attached(self, start: RunStart) -> bool:
-        """Whether there is a run; looks for one or starts one, once, and sends what is known before the first step."""
-        if not self._tried:
-            self._tried = True
-            self._guard("starting the run", lambda: self._attach(start))
-        return self._run is not None
+    def _reaches(self, start: RunStart) -> bool:
+        """Whether there may be a run to send to; begins to look for one, once, and sends what is known at the start."""
+        if not self._begun:
+            self._begun = True
+            self._guard("reading wandb.json", self._read_before)
+            if not self._before:
+                self._send_start(start)
+        return not self._channel.failed
 
-    def _attach(self, start: RunStart) -> None:
-        before = wandb_runs.runs_before(self.logged_path, self._past)
-        self._run, self._own = wandb_run.attach(self.project, self.mode, before[-1] if before else None)
-        if self._own:
-            self._guard("defining the x axis", lambda: self._run.define_metric(STEP))
+    def _read_before(self) -> None:
+        self._before = wandb_runs.runs_before(self.logged_path, self._past)
+
+    def _start_run(self) -> Any:
+        assert self._start is not None
+        known = self._before[-1] if self._before else None
+        name = wandb_runs.run_name(self._start.manifest) if self._start.manifest.get("run_id") else None
+        return wandb_run.start_run(self.project, self.mode, name, known, self._into)
+
+    def _introduce(self, run: Any, own: bool) -> None:
+        """What a run is told first; nothing here waits."""
+        start = self._start
+        assert start is not None
+        if own:
+            self._guard("defining the x axis", lambda: run.define_metric(STEP))
         names = [*self._names, *wandb_media.history_keys(start)]
-        self._guard("defining metrics", lambda: wandb_run.define(self._run, names))
-        facts = {"smda": dict(start.manifest), **wandb_runs.link(before, self._run)}
-        self._guard("sending the configuration", lambda: self._run.config.update(facts, allow_val_change=True))
-        note = partial(wandb_runs.note_run, self.logged_path, before, self._run, self._own, self._past)
-        self._guard("noting the run", note)
-        if not before:
-            self._send_start(start)
+        self._guard("defining metrics", lambda: wandb_run.define(run, names))
+        facts = {"smda": dict(start.manifest), **wandb_runs.link(self._before, run)}
+        self._guard("sending the configuration", lambda: run.config.update(facts, allow_val_change=True))
+        if self._into is None:
+            note = partial(wandb_runs.note_run, self.logged_path, self._before, run, own, self._past)
+            self._guard("noting the run", note)
 
     def _send_start(self, start: RunStart) -> None:
         """What is known before the first step."""
         before = Progress.at(start)
         self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
         self._submit_tables(start, before)
-        self._submit_table(wandb_media.GAPS, lambda: wandb_tables.gaps_table(start.gaps), start.baseline.step)
+        self._submit_gaps(start.gaps, start.baseline.step)
         store = self.store_path
-        if store is not None:
-            self._worker.submit("sending the policy", lambda: wandb_run.log_policy(self._run, store, start))
+        if store is not None and wandb_run.kind_of("policy") not in self._sent.artifacts:
+            self._channel.submit("sending the policy", lambda: wandb_run.log_policy(self.run, store, start))
 
     def _log(self, build: Callable[[], Mapping[str, float]], step: int) -> None:
-        def send() -> None:
-            row = {**build(), STEP: step}
-            self._note(step, "row", row)
-            self._run.log(row)
+        if step not in self._sent.rows:
+            self._guard("computing metrics", lambda: self._send_row({**build(), STEP: step}, step))
 
-        self._guard("logging metrics", send)
+    def _send_row(self, row: Mapping[str, float], step: int) -> None:
+        def send() -> None:
+            self._note(step, "row", row)
+            self.run.log(row)
+
+        self._channel.direct("logging metrics", send)
 
     def _send_summary(self, step: int) -> None:
         assert self._start is not None
         values = summary_of_progress(self._start, self._progress)
-        self._note(step, "summary", values)
-        self._run.summary.update(values)
+
+        def send() -> None:
+            self._note(step, "summary", values)
+            self.run.summary.update(values)
+
+        if not self._sent.has_summary(values):
+            self._channel.direct("sending the summary", send)
 
     def _submit_tables(self, start: RunStart, done: Progress, *, always: bool = False) -> None:
         step = done.last.step
@@ -196,7 +229,8 @@ class WandbSink:
         for medium in wandb_media.media_of(start):
             build = partial(medium.build, start, done, self.log_text)
             send = wandb_run.log_bars if medium.is_plot else wandb_run.log_table
-            queued.append(self._submit_table(medium.key, build, step, send, always=always))
+            if (medium.history_key, step) not in self._sent.tables:
+                queued.append(self._submit_table(medium.key, build, step, send, always=always))
         self._tables_at = step if all(queued) else None
 
     def _submit_table(
@@ -208,11 +242,15 @@ class WandbSink:
         *,
         always: bool = False,
     ) -> bool:
-        return self._worker.submit(f"sending {key}", lambda: self._send_table(key, build(), step, send), always=always)
+        return self._channel.submit(f"sending {key}", lambda: self._send_table(key, build(), step, send), always=always)
+
+    def _submit_gaps(self, gaps: Sequence[Mapping[str, Any]], step: int, *, always: bool = False) -> None:
+        if gaps and (wandb_media.GAPS, step) not in self._sent.tables:
+            self._submit_table(wandb_media.GAPS, lambda: wandb_tables.gaps_table(gaps), step, always=always)
 
     def _send_table(self, key: str, table: Table, step: int, send: Callable[[Any, str, Table, int], None]) -> None:
         self._note(step, "row", {key: vars(table), STEP: step})
-        send(self._run, key, table, step)
+        send(self.run, key, table, step)
 
     def _submit_alert(self, start: RunStart, alert: Alert) -> None:
         if not self.alerts:
@@ -223,18 +261,16 @@ class WandbSink:
             table = wandb_tables.categories_table(start, done)
             self._send_table(wandb_media.CATEGORIES, table, done.last.step, wandb_run.log_table)
 
-        self._worker.submit("sending an alert", lambda: wandb_run.send_alert(self._run, alert, reach_server))
+        self._channel.submit("sending an alert", lambda: wandb_run.send_alert(self.run, alert, reach_server))
 
     def _submit_end(self, start: RunStart, end: RunEnd) -> None:
         self._submit_tables(start, self._progress, always=True)
-        self._submit_table(wandb_media.GAPS, lambda: wandb_tables.gaps_table(end.gaps), end.step, always=True)
+        self._submit_gaps(end.gaps, end.step, always=True)
         store = self.store_path
-        if store is not None:
-            send = lambda: wandb_run.log_store(self._run, store, start, self.log_text)  # noqa: E731
-            self._worker.submit("sending the run store", send, always=True)
-        if self._own:
-            code = 0 if end.status == "finished" else 1
-            self._worker.submit("finishing the run", lambda: self._run.finish(exit_code=code), always=True)
+        has_it = wandb_run.kind_of("store") in self._sent.artifacts and not self._channel.opened
+        if store is not None and not has_it:  # a store that anything else is missing of has grown since
+            send = lambda: wandb_run.log_store(self.run, store, start, self.log_text)  # noqa: E731
+            self._channel.submit("sending the run store", send, always=True)
 
     def _note(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
         """Append what is about to be handed to W&B to ``logged.jsonl``; a full disk does not keep it from W&B."""
@@ -252,12 +288,11 @@ class WandbSink:
     def _failed(self, what: str, error: Exception) -> None:
         with self._lock:
             self.failures += 1
-            first = self.failures == 1
-        if first:
+            self.first_failure = self.first_failure or f"{what} failed ({type(error).__name__}: {error})"
+        if self.failures == 1 and self._into is None:
             logger.warning(
-                "W&B: %s failed (%s: %s). Training goes on and the run store has everything; further failures "
-                "are counted in silence.",
-                what,
-                type(error).__name__,
-                error,
+                "W&B: %s. Training goes on and the run store has everything; further failures are counted in silence. "
+                "Once W&B answers: smda wandb sync %s",
+                self.first_failure,
+                self.logged_path.parent if self.logged_path else "RUN",
             )

@@ -30,6 +30,7 @@ from smda_callbacks.observe.features import pool
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite
 from smda_callbacks.observe.pair_gradients import PairCapture
+from smda_callbacks.observe.pair_team import TeamCapture
 from smda_callbacks.observe.reading import Reading, is_out_of_memory
 from smda_callbacks.observe.updates import Moments, moments_before, site_updates
 from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
@@ -62,7 +63,7 @@ class Attributor:
         policy: PolicyRecord,
         functionals: FunctionalSet,
         sites: tuple[LoraSite, ...],
-        capture: PairCapture,
+        capture: PairCapture | TeamCapture,
         index: PairIndex,
         max_norm: float,
     ) -> None:
@@ -75,6 +76,8 @@ class Attributor:
         self._window: _Window | None = None
         self._before: tuple[Moments, ...] | None = None
         self._fault: str | None = None
+        self._passed: str | None = None  # why the window is left out that otherwise would be attributed
+        self._off: str | None = None
 
     def continue_from(self, windows: int, pairs: Collection[int]) -> None:
         """Number on where a run stopped, after so many windows and with these pairs described. Call before ``open``."""
@@ -85,7 +88,7 @@ class Attributor:
         """A window starts at ``model`` as it is now, right after a snapshot."""
         wanted = self._wants(self._number)
         self._number += 1
-        self._window, self._fault = None, None
+        self._window, self._fault, self._passed = None, None, None
         began = time.perf_counter()
         if wanted:
             self._window = _Window([site.weight.detach().clone().flatten() for site in self._sites])
@@ -100,7 +103,7 @@ class Attributor:
             self._window.seconds = time.perf_counter() - began
 
     def _wants(self, number: int) -> bool:
-        return number % self.options.every == 0
+        return self._off is None and number % self.options.every == 0
 
     def read(self, model: nn.Module) -> Reading:
         """A reading of the probes, with gradients where this window or the next needs them."""
@@ -134,6 +137,20 @@ class Attributor:
 
     def after_step(self, optimizer: Any) -> None:
         """After the optimizer's step, before gradients are zeroed and the scheduler moves on."""
+        try:
+            self._after_step(optimizer)
+        finally:
+            if isinstance(self._capture, TeamCapture):
+                self._capture.settle()
+
+    def promise(self) -> bool:
+        """Whether the examples of the steps to come are wanted, which other processes are told then."""
+        wanted = self._window is not None and self._fault is None
+        if isinstance(self._capture, TeamCapture):
+            self._capture.promised = wanted
+        return wanted
+
+    def _after_step(self, optimizer: Any) -> None:
         before, self._before = self._before, None
         if self._window is None or before is None:
             return
@@ -171,12 +188,22 @@ class Attributor:
         """The run is over: take the hooks off."""
         self._capture.detach()
 
-    def pass_over(self) -> None:
+    def pass_over(self, why: str) -> None:
         """The window that is open is not to be attributed: it began before this training did."""
-        self._window = None
+        self._window, self._passed = None, why
         self._capture.detach()
         if isinstance(self.engine, Ghost):
             self.engine.close()
+
+    def switch_off(self, why: str) -> None:
+        """No window that is opened from now on is attributed; its cost ends with the hooks and gradients."""
+        self._off = why
+        self.pass_over(why)
+
+    @property
+    def left_out(self) -> str | None:
+        """Why the open window is not to be attributed; None where it is, or where ``options.every`` leaves it out."""
+        return self._off or self._passed
 
     def skip(self, why: str) -> None:
         """This window cannot be attributed."""
@@ -191,9 +218,9 @@ class Attributor:
             AttributionError: it was, but cannot be; says why.
         """
         window = self._window
-        if window is None:
+        if window is None and self._fault is None:
             return None
-        if self._fault is not None or not window.steps:
+        if window is None or self._fault is not None or not window.steps:
             if isinstance(self.engine, Ghost):
                 self.engine.close()
             raise AttributionError(self._fault or "no optimizer step was seen in this window")

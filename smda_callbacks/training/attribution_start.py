@@ -13,14 +13,15 @@ from torch import nn
 from smda_callbacks.maths.functionals import FunctionalSet, functional_set, measured
 from smda_callbacks.observe.batches import chat_prompt
 from smda_callbacks.observe.instrument import Instrument
-from smda_callbacks.observe.lora import AttributionError, lora_sites
+from smda_callbacks.observe.lora import AttributionError, LoraSite, lora_sites
 from smda_callbacks.observe.pair_gradients import PairCapture
+from smda_callbacks.observe.pair_team import TeamCapture
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.training.attribution import Attributor
 from smda_callbacks.training.engine import AttributionOptions, Choice, choose_engine
 from smda_callbacks.training.exact import Exact
 from smda_callbacks.training.ghost import Ghost
-from smda_callbacks.training.row_identity import PairIndex, build_index, find_trainer
+from smda_callbacks.training.row_identity import PairIndex, build_index, find_trainer, training_runs
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,8 @@ def start_attribution(
         )
     else:
         engine = Exact(instrument, sites, partial(measured, functionals, scale=policy.scale, lam=policy.lam))
-    capture = PairCapture(
-        model,
-        sites,
-        site=instrument.handle.site,
-        readout=instrument.readout,
-        limit=options.limit,
-        marker=prompt_marker(trainer.tokenizer),
-    )
+    own = make_capture(model, sites, instrument, options, trainer.tokenizer)
+    capture = own if instrument.team is None else TeamCapture(own, instrument.team)
     attributor = Attributor(
         engine,
         options,
@@ -103,6 +98,21 @@ def start_attribution(
         float(trainer.args.max_grad_norm or 0.0),
     )
     return Attribution(choice, attributor, _manifest(options, choice, functionals, index))
+
+
+def make_capture(
+    model: nn.Module, sites: tuple[LoraSite, ...], instrument: Instrument, options: AttributionOptions, tokenizer: Any
+) -> PairCapture:
+    """What sees the examples of this process."""
+    return PairCapture(
+        model,
+        sites,
+        site=instrument.handle.site,
+        readout=instrument.readout,
+        limit=options.limit,
+        marker=prompt_marker(tokenizer),
+        training=training_runs(),
+    )
 
 
 def functionals_of(

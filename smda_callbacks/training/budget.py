@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 
 @dataclass
@@ -22,11 +23,22 @@ class Budget:
     clock: Callable[[], float] = time.perf_counter
     spent: float = 0.0  # seconds of all measurements so far
     _began: float | None = None
+    _elapsed: float = 0.0  # before this training: of the one that it goes on with
     _last: deque[float] = field(default_factory=lambda: deque(maxlen=5))
 
     def begin(self) -> None:
-        """Training starts now."""
-        self._began = self.clock()
+        """Training starts now, or goes on."""
+        self._began = self.clock() - self._elapsed
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`go_on` needs, as JSON."""
+        elapsed = 0.0 if self._began is None else self.clock() - self._began
+        return {"spent": self.spent, "elapsed": elapsed, "last": list(self._last)}
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Go on where another training was when it gave ``state``; empty: from nothing. Call before ``begin``."""
+        self.spent, self._elapsed = float(state.get("spent", 0.0)), float(state.get("elapsed", 0.0))
+        self._last.extend(float(each) for each in state.get("last", ()))
 
     def note(self, seconds: float) -> None:
         """A measurement took so long."""

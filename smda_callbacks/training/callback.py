@@ -15,6 +15,7 @@ What a trainer does, with the points where the callback acts marked ``*``::
             on_step_end      * every k steps: read the probes, book the window
             on_log           * note the loss
             on_save          * leave a note of the run in the checkpoint
+        on_epoch_end         * stopped early: book what is left
     on_train_end             * book what is left, close the sinks
 
 Under several processes each reads its share of the probes when the main one says so; only that one keeps books.
@@ -25,7 +26,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,24 +33,29 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.divided import reshard
 from smda_callbacks.observe.sharding import Team, join_team
 from smda_callbacks.records import Alert, WindowRecord
 from smda_callbacks.training.attribution_start import Trainer
 from smda_callbacks.training.budget import Budget
+from smda_callbacks.training.lines import (
+    attribution_line,
+    closing_line,
+    group_means,
+    opening_line,
+    show_log,
+    window_line,
+)
 from smda_callbacks.training.monitor import Monitor
 from smda_callbacks.training.participant import Participant, leading
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.requirements import require_lora, require_readable, require_whole_model
 from smda_callbacks.training.resume import NotContinuedError, continued_line, find_earlier, tell_new_run, write_note
 
 logger = logging.getLogger("smda_callbacks")
 
 #: Below this mean refusal on the probes to refuse, the list of openings is more likely wrong than the model.
 RARE = 0.02
-
-
-class AdapterError(ValueError):
-    """The model has nothing that a LoRA run would train."""
 
 
 def _together(event: Callable[..., None]) -> Callable[..., None]:
@@ -62,14 +67,16 @@ def _together(event: Callable[..., None]) -> Callable[..., None]:
             self._participant.serve()
             event(self, *given, **kwargs)
             return
-        with leading(self._team):
+        with leading(self._team, self._captures):
             event(self, *given, **kwargs)
 
     return run
 
 
 class MeasuringCallback(TrainerCallback):
-    """Watches a LoRA run of :class:`~trl.SFTTrainer` or :class:`~transformers.Trainer` by a :class:`Plan`."""
+    """Watches a LoRA run of :class:`~trl.SFTTrainer`, :class:`~transformers.Trainer`, or another trainer made of it
+    (DPO, KTO, GRPO, Reward), by a :class:`Plan`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -85,8 +92,9 @@ class MeasuringCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot be measured, and take the baseline."""
-        require_whole_model(args)
         model, tokenizer = kwargs["model"], kwargs.get("processing_class")
+        require_whole_model(model)
+        reshard(model)  # a training before this one may have left weights gathered
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # the text part of a multimodal processor
         require_lora(model)
         require_readable(model)
@@ -103,11 +111,11 @@ class MeasuringCallback(TrainerCallback):
         self._budget = Budget(self.plan.every, self.plan.overhead_budget)
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
         trainer = Trainer(args, kwargs.get("optimizer"), kwargs.get("train_dataloader"), tokenizer)
-        with leading(self._team):
+        with leading(self._team, self._captures):
             self.monitor = self._start(model, trainer, state.global_step, rate)
         logger.info(opening_line(self.monitor))
         logger.info(attribution_line(self.monitor))
-        if group_means(self.monitor)[0] < RARE:
+        if group_means(self.monitor)[0] < RARE and not self.monitor.instrument.by_preference:
             logger.warning(
                 "this model refuses almost none of the probes to refuse; smda check shows how it answers them"
             )
@@ -124,6 +132,7 @@ class MeasuringCallback(TrainerCallback):
                 logger.info(continued_line(earlier))
                 self._booked, self._skipped = earlier.past.booked, list(earlier.skipped)
                 self._trainer = dict(earlier.trainer)
+                self._budget.go_on(earlier.budget)
                 return monitor
         return Monitor(self.plan, model, trainer, step, rate, self._team)
 
@@ -175,17 +184,28 @@ class MeasuringCallback(TrainerCallback):
         else:
             self._trainer |= {"loss": float(logs["loss"]), "loss_step": float(state.global_step)}
 
+    @_together
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave in the checkpoint which run it belongs to."""
         if self.monitor is None:
             return
+        if control.should_training_stop:
+            self._book_rest(kwargs["model"], state)
         checkpoint = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         try:
-            write_note(self.monitor, checkpoint, self._booked, self._skipped, self._trainer)
+            write_note(self.monitor, checkpoint, self._booked, self._skipped, self._trainer, self._budget.state())
         except Exception as error:
             if self.plan.on_error == "raise":
                 raise
             logger.warning("no note was left in %s, so that a resume from it starts a new run: %s", checkpoint, error)
+
+    @_together
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Book what is left where an evaluation has stopped training: the best checkpoint may be loaded next."""
+        if control.should_training_stop:
+            self._book_rest(kwargs["model"], state)
 
     @_together
     def on_train_end(
@@ -195,8 +215,10 @@ class MeasuringCallback(TrainerCallback):
         self._participant = None
         if self.monitor is None:
             return
-        if state.global_step > self._booked and not args.load_best_model_at_end:
-            self._book(self.monitor, kwargs["model"], state)
+        if args.load_best_model_at_end and state.global_step > self._booked:
+            self.monitor.alert(lost_window(self._booked + 1, state.global_step))
+        else:
+            self._book_rest(kwargs["model"], state)
         end = self.monitor.finish(state.global_step)
         logger.info(closing_line(self.monitor, end.train_seconds))
         self.monitor = None
@@ -204,6 +226,8 @@ class MeasuringCallback(TrainerCallback):
     def _pairs(self, event: str, *given: Any) -> None:
         """Tell the attributor of an event; what goes wrong there costs the window's pairs, never the training."""
         attributor = self.monitor.attributor if self.monitor is not None else None
+        if self._participant is not None:
+            getattr(self._participant, event)(*given)
         if attributor is None:
             return
         try:
@@ -213,6 +237,14 @@ class MeasuringCallback(TrainerCallback):
                 raise
             attributor.skip(f"{type(error).__name__}: {error}")
 
+    def _book_rest(self, model: nn.Module, state: TrainerState) -> None:
+        if self.monitor is not None and state.global_step > self._booked:
+            self._book(self.monitor, model, state)
+
+    def _captures(self) -> bool:
+        attributor = self.monitor.attributor if self.monitor is not None else None
+        return attributor is not None and attributor.promise()
+
     def _book(self, monitor: Monitor, model: nn.Module, state: TrainerState) -> WindowRecord:
         trainer = {**self._trainer, "epoch": float(state.epoch or 0.0)}
         record = monitor.measure(model, state.global_step, self._booked + 1, tuple(self._skipped), trainer)
@@ -221,130 +253,18 @@ class MeasuringCallback(TrainerCallback):
         return record
 
 
+def lost_window(first: int, last: int) -> Alert:
+    """An alert that the last steps are not measured, for the model is no longer the one that they led to."""
+    text = (
+        f"steps {first} to {last} are not measured: an evaluation stopped training, and the trainer loaded its best "
+        "checkpoint before anything could be read. Next step: set measure.every: 1, or save_strategy: epoch or steps"
+    )
+    return Alert(last, "last_window_lost", text)
+
+
 def peak_learning_rate(optimizer: Any, args: TrainingArguments) -> float:
     """The highest learning rate that the schedule starts from: the optimizer's own, where it is known."""
     groups = getattr(optimizer, "param_groups", None)
     if not groups:
         return float(args.learning_rate)
     return max(float(group.get("initial_lr", group["lr"])) for group in groups)
-
-
-def require_whole_model(args: TrainingArguments) -> None:
-    """Refuse, on every process, launchers that give a process only a part of the model: it would wait for ever.
-
-    Raises:
-        AdapterError: names the launcher.
-    """
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    found = "FSDP" if args.fsdp else "DeepSpeed ZeRO-3" if is_deepspeed_zero3_enabled() else None
-    if found:
-        raise AdapterError(
-            f"{found} shards the model over processes, but every process reads its own probes with a whole model. "
-            "Allowed: one process, DDP, ZeRO-1 and ZeRO-2. Next step: use one of these, or train without the callback."
-        )
-
-
-def require_lora(model: nn.Module) -> None:
-    """Refuse a model without a LoRA adapter.
-
-    Raises:
-        AdapterError: says what was found.
-    """
-    adapters = getattr(model, "peft_config", None)
-    if not adapters:
-        raise AdapterError(
-            f"{type(model).__name__} has no LoRA adapter. This library watches LoRA runs. Next step: pass peft_config "
-            "to SFTTrainer, or wrap the model with get_peft_model before training."
-        )
-    kinds = {name: str(getattr(each.peft_type, "value", each.peft_type)) for name, each in adapters.items()}
-    if set(kinds.values()) != {"LORA"}:
-        raise AdapterError(f"the adapters are {kinds}. Allowed: LORA (rsLoRA and DoRA are). Next step: use LoraConfig.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise AdapterError("no parameter of the model requires a gradient. Next step: make the adapter trainable.")
-
-
-def require_readable(model: nn.Module) -> None:
-    """Refuse a model that has no probability of an answer, or whose weights are split over processes.
-
-    Raises:
-        AdapterError: says which.
-    """
-    divided = [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]
-    if divided:
-        raise AdapterError(
-            f"{len(divided)} weights are split over processes ({divided[0]} and others): tensor parallelism, or "
-            "fully_shard. Allowed: one process, DDP, ZeRO-1 and ZeRO-2. Next step: use one of these, or train without "
-            "the callback."
-        )
-    inner = unwrap(model)
-    if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
-        raise AdapterError(
-            f"{type(inner).__name__} has no language-model head, so it gives no probability to the openings of an "
-            "answer, which behaviours are scored by; reward models and classifiers are of this kind. Next step: watch "
-            "the run that trains the answering model (SFT, DPO, KTO, GRPO), and train this one without the callback."
-        )
-
-
-def show_log() -> None:
-    """Show the library's messages where the program has not set up logging itself, without breaking progress bars."""
-    if logger.hasHandlers():
-        return
-    from tqdm.auto import tqdm
-
-    class BarFriendly(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            tqdm.write(f"[smda] {record.getMessage()}", file=sys.stderr)
-
-    logger.addHandler(BarFriendly())
-    logger.setLevel(logging.INFO)
-
-
-def opening_line(monitor: Monitor) -> str:
-    """One line on what is watched and how far it may be believed."""
-    policy, quality = monitor.policy, monitor.policy.quality[0]
-    gaps = [row["category"] for row in monitor.start.gaps if row["is_gap"]]
-    return (
-        f"watching {', '.join(policy.behaviours)} on {len(monitor.plan.probes)} probes through {len(policy.features)} "
-        f"features of {policy.sae_id}: R² {quality.r2:.2f}, leave-one-out {quality.r2_loo:.2f}, λ {policy.lam:.3g}; "
-        f"gaps: {', '.join(gaps) or 'none'}"
-    )
-
-
-def attribution_line(monitor: Monitor) -> str:
-    """One line on whether and how pairs are attributed."""
-    found = monitor.attribution
-    if found.attributor is None:
-        return f"training pairs are not attributed: {found.choice.why}"
-    notes = "".join(f"; {note}" for note in found.manifest["notes"])
-    units = str(found.manifest["level"]).removesuffix("s") + "s"
-    what = f"attributing {units} of the data set by engine {found.choice.engine}"
-    return f"{what}: {found.choice.why}{notes}"
-
-
-def group_means(monitor: Monitor) -> tuple[float, float]:
-    """Mean of the first behaviour over the probes to refuse and over those to comply with, at the last snapshot."""
-    y = monitor.snapshot.y[:, 0]
-    refuse = [probe.expected == "refuse" for probe in monitor.plan.probes.probes]
-    inverse = [not flag for flag in refuse]
-    return float(y[refuse].mean()), float(y[inverse].mean())
-
-
-def window_line(monitor: Monitor, record: WindowRecord) -> str:
-    """One line on a window."""
-    if record.status != "ok":
-        return f"step {record.step}: {record.status}"
-    harmful, benign = group_means(monitor)
-    name = monitor.policy.behaviours[0]
-    return f"step {record.step}: {name} {harmful:.3f} on probes to refuse, {benign:.3f} on the others"
-
-
-def closing_line(monitor: Monitor, train_seconds: float) -> str:
-    """One line on what the run did and what watching it cost."""
-    share = monitor.seconds / train_seconds if train_seconds else 0.0
-    harmful, benign = group_means(monitor)
-    name = monitor.policy.behaviours[0]
-    return (
-        f"done: {name} {harmful:.3f} on probes to refuse, {benign:.3f} on the others; "
-        f"measuring took {monitor.seconds:.1f} s, {share:.0%} of the training time"
-    )

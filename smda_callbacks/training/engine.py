@@ -9,7 +9,9 @@ from typing import Any, Literal
 from torch import nn
 
 from smda_callbacks.observe.activations import HookSite, decoder_layers
+from smda_callbacks.observe.divided import is_divided
 from smda_callbacks.observe.lora import AttributionError, lora_sites
+from smda_callbacks.observe.preference import scores_texts
 from smda_callbacks.observe.probe_gradients import check_differentiable
 from smda_callbacks.observe.updates import check_optimizer
 
@@ -88,10 +90,17 @@ def choose_engine(
     """
     if options.engine == "off":
         return Choice("off", "attribution.engine is off")
+    several = args.world_size > 1
     try:
         check_training(args, columns)
+        check_model(model)
+        if several and options.engine == "exact":
+            raise AttributionError(
+                "engine exact reads the probes with weights that other processes do not have. Allowed here: ghost."
+                " Next step: set attribution.engine: ghost."
+            )
         check_optimizer(optimizer, lora_sites(model))
-        if options.engine == "ghost":
+        if several or options.engine == "ghost":
             check_differentiable(model)
     except AttributionError as error:
         if options.engine != "auto":
@@ -99,6 +108,8 @@ def choose_engine(
         return Choice("off", str(error))
     if options.engine != "auto":
         return Choice(options.engine, f"attribution.engine is {options.engine}")
+    if several:
+        return Choice("ghost", "training runs on several processes, where only ghost attributes")
     return _cheaper(options, model, args, site, every)
 
 
@@ -109,7 +120,6 @@ def check_training(args: Any, columns: Any) -> None:
         AttributionError: names what.
     """
     faults: dict[str, Callable[[], bool]] = {
-        "training runs on several processes, and each sees only its own pairs": lambda: args.world_size > 1,
         "torch.compile would compile another graph around hooks, and training would change": lambda: bool(
             getattr(args, "torch_compile", False)
         ),
@@ -124,6 +134,25 @@ def check_training(args: Any, columns: Any) -> None:
     for text, holds in faults.items():
         if holds():
             raise AttributionError(f"{text}. Next step: change that, or set attribution.engine: off.")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a reward model, whatever its data look like: an example of preference is two texts, a pair of pairs.
+    And one whose weights are divided over processes: no process has whole gradients.
+
+    Raises:
+        AttributionError: says why.
+    """
+    if is_divided(model):
+        raise AttributionError(
+            "the model's weights are divided over processes, and no process has the whole gradient of a pair. Allowed "
+            "on several processes: DDP. Next step: use it, or set attribution.engine: off."
+        )
+    if scores_texts(model):
+        raise AttributionError(
+            "this is a reward model: it learns from two answers at once, whose parts in a step are not told apart. "
+            "Next step: set attribution.engine: off."
+        )
 
 
 #: Columns of prepared data sets that tell what trains on them; the first that fit.

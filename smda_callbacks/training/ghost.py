@@ -154,8 +154,8 @@ class Ghost:
         effects_of = [site.rule.later_effects(site.before, site.gradient) for site in step.sites]
         found = []
         for age, past in enumerate(reversed(self._past), start=1):
-            faded = step.sites[0].rule.faded(age)
-            share = faded * past.sites[0].clip * _dot([site.rows for site in past.sites], slopes)
+            faded = [site.rule.faded(age) for site in step.sites]  # groups of parameters may have rules of their own
+            share = past.sites[0].clip * _dot([site.rows for site in past.sites], slopes, faded)
             acting = (effects(then, age) for effects, then in zip(effects_of, past.sites, strict=True))
             found.append(Entries(past.ids, share, *self._effects(acting, end)))
         return tuple(found)
@@ -176,9 +176,10 @@ class Ghost:
         if not self.carry:
             return
         self._past.append(step)
-        rule = step.sites[0].rule
+        rules = {site.rule for site in step.sites}
         while self._past and (
-            rule.faded(len(self._past)) < FADED or sum(each.bytes for each in self._past) > self.limit
+            max(rule.faded(len(self._past)) for rule in rules) < FADED
+            or sum(each.bytes for each in self._past) > self.limit
         ):
             self._past.popleft()
 
@@ -187,10 +188,11 @@ def _with(step: StepUpdate, gradients: Gradients) -> list[tuple[SiteUpdate, Tens
     return list(zip(step.sites, gradients, strict=True))
 
 
-def _dot(rows: list[Tensor], gradients: Gradients | list[Tensor]) -> Array:
+def _dot(rows: list[Tensor], gradients: Gradients | list[Tensor], weights: list[float] | None = None) -> Array:
     """``[row, functional]``: products summed over sites, in the tensors' own precision within a site, in float64 over
-    them."""
-    total = sum((a @ b.T).double() for a, b in zip(rows, gradients, strict=True))
+    them. ``weights``: of the sites."""
+    weights = [1.0] * len(rows) if weights is None else weights
+    total = sum(w * (a @ b.T).double() for a, b, w in zip(rows, gradients, weights, strict=True))
     assert isinstance(total, torch.Tensor)
     found: Array = total.cpu().numpy()
     return found

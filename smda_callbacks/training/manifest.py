@@ -16,6 +16,7 @@ from torch import nn
 
 from smda_callbacks.observe.activations import unwrap
 from smda_callbacks.observe.instrument import Instrument
+from smda_callbacks.observe.sharding import Team, whole_weights
 from smda_callbacks.records import SCHEMA_VERSION, PolicyRecord, policy_hash
 from smda_callbacks.training.plan import Plan
 
@@ -49,29 +50,36 @@ def build_manifest(
             "d_in": handle.d_in,
             "d_sae": handle.d_sae,
         },
-        "model": {"id": policy.model_id, "hash": weights_hash(model), "class": type(unwrap(model)).__name__},
+        "model": {"id": policy.model_id, "hash": weights_hash(model, team=instrument.team), "class": class_name(model)},
         "adapter": _adapter(model),
         "policy_hash": policy_hash(policy),
         "policy_from": "distilled" if plan.policy is None else "saved",
         "behaviours": list(policy.behaviours),
         "target": policy.target,
         "trainer": _trainer(args),
+        **({"scored_by": "preference"} if instrument.by_preference else {}),
         **({"attribution": dict(attribution)} if attribution else {}),
     }
 
 
-def weights_hash(model: nn.Module, sample: int = 4096) -> str:
+def weights_hash(model: nn.Module, sample: int = 4096, team: Team | None = None) -> str:
     """SHA-256 over names, shapes and the first ``sample`` values of every frozen weight: tells models apart quickly.
 
-    Trained weights are left out: they are what the run changes.
+    Trained weights are left out: they are what the run changes. ``team``: helps where weights are divided over it.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            values = parameter.detach().flatten()[:sample].cpu().contiguous()
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+    frozen = {name: each for name, each in sorted(model.named_parameters()) if not each.requires_grad}
+    starts = whole_weights(model, list(frozen.values()), team, lambda whole: whole.flatten()[:sample].cpu().clone())
+    for (name, parameter), values in zip(frozen.items(), starts, strict=True):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def class_name(model: nn.Module) -> str:
+    """The class of the Hugging Face model; FSDP2 makes one of its own out of it."""
+    kind = type(unwrap(model))
+    return str(kind.__mro__[2].__name__ if hasattr(kind, "unshard") else kind.__name__)
 
 
 def _adapter(model: nn.Module) -> dict[str, Any]:

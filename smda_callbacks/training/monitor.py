@@ -12,10 +12,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from smda_callbacks.observe.distil import distil
+from smda_callbacks.observe.divided import BrokenPassError
 from smda_callbacks.observe.health import HealthMeter
+from smda_callbacks.observe.lora import AttributionError
 from smda_callbacks.observe.noise import UpdateMeter, measure_noise
 from smda_callbacks.observe.reading import NotFiniteError, Reading
-from smda_callbacks.observe.sharding import Team
+from smda_callbacks.observe.sharding import Team, told
 from smda_callbacks.records import (
     Alert,
     NoiseFloor,
@@ -27,6 +29,8 @@ from smda_callbacks.records import (
     WindowRecord,
 )
 from smda_callbacks.training.alerts import AlertBook, behaviour_alerts, health_alerts
+from smda_callbacks.training.attempts import GIVE_UP, Attempts
+from smda_callbacks.training.attribution import Attributor
 from smda_callbacks.training.attribution_start import Trainer, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.causes import Causes
@@ -65,6 +69,7 @@ class Monitor:
         tokenizer, args = trainer.tokenizer, trainer.args
         self.plan, self.began, self.seconds = plan, time.perf_counter(), 0.0
         self.book, self.measured, self.told_failures = AlertBook(), 0, set[str]()
+        self.attempts = Attempts()
         # First: a folder that cannot be written is refused at once.
         self.sinks = tuple(make_sinks(plan, args, step, earlier))
         self.policy: PolicyRecord
@@ -94,7 +99,7 @@ class Monitor:
             take_up_pairs(self, earlier)
             self.start = self._open_again(earlier)
         self._open_window(model)
-        self.meter = UpdateMeter(model)
+        self.meter = UpdateMeter(model, team)
         if earlier is not None:
             take_up_window(self, earlier)
 
@@ -159,6 +164,8 @@ class Monitor:
         head: dict[str, Any] = {"step": step, "first_step": first_step, "skipped": skipped, "trainer": dict(trainer)}
         try:
             record = self._window(model, head)
+        except BrokenPassError:  # the other processes cannot be told: they wait for this one until it ends
+            raise
         except NotFiniteError as error:
             record = WindowRecord(status="not_finite", seconds=0.0, error=str(error), **head)
             alert = Alert(step, "not_finite", str(error))
@@ -213,8 +220,20 @@ class Monitor:
             if self.plan.on_error == "raise":
                 raise
             self._tell_failure(error, "pairs were not attributed")
-            return {}
-        return {} if found is None else {"pairs": found[0], "pairs_seen": found[1]}
+            return {"unattributed": self._failed(self.attributor, error, snapshot.step)}
+        if found is None:
+            return {"unattributed": self.attributor.left_out}
+        self.attempts.succeeded()
+        return {"pairs": found[0], "pairs_seen": found[1]}
+
+    def _failed(self, attributor: Attributor, error: Exception, step: int) -> str:
+        """Why a window could not be attributed; switches attribution off where that goes on and on."""
+        why = str(error) if isinstance(error, AttributionError) else told(error)
+        if self.attempts.failed(why):
+            off = f"attribution was switched off at step {step}, after {GIVE_UP} windows in a row failed for one reason"
+            attributor.switch_off(off)
+            self.alert(Alert(step, "attribution_off", f"{off}: {why}"))
+        return why
 
     def _open_window(self, model: nn.Module) -> None:
         if self.attributor is None:

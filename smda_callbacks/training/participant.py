@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from smda_callbacks.observe.divided import BrokenPassError, is_divided
 from smda_callbacks.observe.instrument import Instrument
+from smda_callbacks.observe.lora import lora_sites
 from smda_callbacks.observe.noise import RandomMoves, trained_parameters
+from smda_callbacks.observe.pair_gradients import PairCapture
+from smda_callbacks.observe.pair_team import PairSender
 from smda_callbacks.observe.reading import Part
-from smda_callbacks.observe.sharding import Command, ProcessError, Team, told
+from smda_callbacks.observe.sharding import Command, ProcessError, Team, help_with_weights, told
+from smda_callbacks.training.attribution_start import make_capture
 from smda_callbacks.training.plan import Plan
 
 
@@ -24,6 +29,9 @@ class Participant:
         self._full: Instrument | None = None
         self._narrowed: Instrument | None = None
         self._moves = RandomMoves(trained_parameters(model))
+        self._divided = is_divided(model)
+        self._sender: PairSender | None = None
+        self._sends = False
 
     def serve(self) -> None:
         """Do what the leading process asks for, until it goes on with training.
@@ -31,10 +39,35 @@ class Participant:
         Raises:
             ProcessError: the leading process gave up; training cannot go on without it.
         """
-        while (command := self.team.hear()).what == "read":
-            self.team.answer(lambda asked=command: self._read(asked))  # type: ignore[misc]
+        while (command := self.team.hear()).what in ("read", "weights"):
+            if command.what == "weights":
+                help_with_weights(self.model, command.names)
+            else:
+                self.team.answer(lambda asked=command: self._read(asked), divided=self._divided)  # type: ignore[misc]
         if command.what == "stop":
             raise ProcessError(f"the main process stopped: {command.text}")
+        self._sends = command.capture
+        if self._sender is not None and not self._sends:
+            self._sender.end()
+
+    def begin_step(self) -> None:
+        """Capture the gradients of this process's examples, where they are wanted; likewise the other two."""
+        if self._sends:
+            if self._sender is None:
+                self._sender = PairSender(self._capture(), self.team)
+            self._sender.begin_step()
+
+    def before_step(self, optimizer: Any) -> None:
+        if self._sends and self._sender is not None:
+            self._sender.before_step()
+
+    def after_step(self, optimizer: Any) -> None:
+        if self._sends and self._sender is not None:
+            self._sender.after_step()
+
+    def _capture(self) -> PairCapture:
+        assert self._full is not None  # the baseline was read
+        return make_capture(self.model, lora_sites(self.model), self._full, self.plan.attribution, self.tokenizer)
 
     def _read(self, command: Command) -> list[Part]:
         instrument = self._instrument(command.features)
@@ -55,17 +88,20 @@ class Participant:
 
 
 @contextlib.contextmanager
-def leading(team: Team | None) -> Iterator[None]:
+def leading(team: Team | None, captures: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Context of everything that the leading process may read at one event of the trainer.
 
-    On leaving it the others go on with training; where it raises, they raise too, instead of waiting for ever.
+    On leaving it the others go on with training, and capture their examples if ``captures`` says so; where it raises,
+    they raise too, instead of waiting for ever.
     """
     try:
         yield
+    except BrokenPassError:  # the others are not listening: they end with this process
+        raise
     except Exception as error:
         if team is not None:
             with contextlib.suppress(Exception):
                 team.tell(Command("stop", text=told(error)))
         raise
     if team is not None:
-        team.tell(Command("done"))
+        team.tell(Command("done", capture=captures()))

@@ -58,7 +58,7 @@ class Earlier:
     ``noted``: whether the checkpoint names it. ``start``: residual stream of the probes at the start ``[probe, d_in]``.
     ``hidden`` and ``weights``: residual stream and trained weights at the last ok window; None where that is where the
     checkpoint is. ``measured``: of the readings whose health counts. ``train_seconds``: so far. ``skipped`` and
-    ``trainer``: what the callback has noted for the next window.
+    ``trainer``: what the callback has noted for the next window. ``budget``: of the overhead, so far.
     """
 
     past: Past
@@ -70,6 +70,7 @@ class Earlier:
     weights: tuple[Tensor, ...] | None = None
     skipped: tuple[int, ...] = ()
     trainer: Mapping[str, float] = field(default_factory=dict)
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def policy(self) -> PolicyRecord:
@@ -112,10 +113,17 @@ def tell_new_run(step: int, why: object) -> None:
     logger.warning("training goes on at step %d, but as a new run with a store of its own: %s", step, why)
 
 
-def write_note(monitor: Monitor, checkpoint: Path, booked: int, skipped: Sequence[int], trainer: Any) -> None:
+def write_note(
+    monitor: Monitor,
+    checkpoint: Path,
+    booked: int,
+    skipped: Sequence[int],
+    trainer: Mapping[str, float],
+    budget: Mapping[str, Any],
+) -> None:
     """Leave in ``checkpoint`` what a training needs that goes on from it. Does nothing without a store.
 
-    ``booked``, ``skipped``, ``trainer``: see :class:`Earlier`.
+    ``booked``, ``skipped``, ``trainer``, ``budget``: see :class:`Earlier`.
     """
     store = store_of(monitor.sinks)
     if store is None or not checkpoint.is_dir():
@@ -138,6 +146,7 @@ def write_note(monitor: Monitor, checkpoint: Path, booked: int, skipped: Sequenc
             "trainer": dict(trainer),
             "measured": monitor.measured,
             "train_seconds": time.perf_counter() - monitor.began,
+            "budget": dict(budget),
         },
     )
 
@@ -163,7 +172,7 @@ def check_same_run(earlier: Earlier, plan: Plan, full: Instrument, model: nn.Mod
         "probes": (manifest["probe_hash"], full.probes.hash),
         "the SAE": (manifest["sae"]["hash"], full.handle.hash),
         "the layer": (manifest["sae"]["hook_name"], full.handle.site.name),
-        "the model's frozen weights": (manifest["model"]["hash"], weights_hash(model)),
+        "the model's frozen weights": (manifest["model"]["hash"], weights_hash(model, team=full.team)),
         "behaviours": (list(manifest["behaviours"]), list(full.behaviours)),
         "the target": (manifest["target"], full.target),
         "the behaviour section of the configuration": (config.get("behaviour"), plan.config.get("behaviour")),
@@ -256,13 +265,12 @@ def take_up_window(monitor: Monitor, earlier: Earlier) -> None:
     if earlier.weights is not None:
         monitor.meter.start_from(earlier.weights)
     if not earlier.whole and monitor.attributor is not None:
-        monitor.attributor.pass_over()
-        logger.warning(
-            "the window open at step %d began after step %d: what its pairs did before the checkpoint is not known, so "
-            "it is not attributed to pairs",
-            earlier.past.step,
-            earlier.past.last.step,
+        why = (
+            f"the window open at step {earlier.past.step}, that of a checkpoint, began after step "
+            f"{earlier.past.last.step}: what its pairs did before the checkpoint is not known"
         )
+        monitor.attributor.pass_over(why)
+        logger.warning("%s, so it is not attributed to pairs", why)
 
 
 def continued_line(earlier: Earlier) -> str:
@@ -292,6 +300,7 @@ def _noted(checkpoint: Path, step: int) -> Earlier:
         weights=tuple(tensors[name] for name in sorted(tensors) if name != "hidden") or None,
         skipped=tuple(note["skipped"]),
         trainer=note["trainer"],
+        budget=note.get("budget", {}),  # not in the notes of earlier versions
     )
 
 

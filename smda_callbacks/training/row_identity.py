@@ -8,6 +8,9 @@ are not known (packing, streaming) pairs are known at a lower level, and ``PairI
 from __future__ import annotations
 
 import sys
+import threading
+import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -22,13 +25,38 @@ from smda_callbacks.training.row_ways import Level, Ways
 
 def find_trainer() -> Trainer | None:
     """The trainer whose callback is being called; None outside of one. Callbacks are not handed it."""
+    frame = _trainers_frame()
+    return None if frame is None else frame.f_locals["self"]
+
+
+def training_runs() -> Callable[[], bool]:
+    """A function that tells, later, whether the training that this is called in still runs; True where none is found.
+
+    A training that breaks off calls nobody, but its loop is gone from the call stack then. Nothing is kept alive.
+    """
+    frame, thread = _trainers_frame(), threading.get_ident()
+    if frame is None:
+        return lambda: True
+    # A frame cannot be referred to weakly, and the next training's may lie where this one's lay.
+    loop, trainer = (id(frame), frame.f_code), weakref.ref(frame.f_locals["self"])
+
+    def runs() -> bool:
+        here: FrameType | None = sys._getframe()
+        while here is not None:
+            if (id(here), here.f_code) == loop and here.f_locals["self"] is trainer():
+                return True
+            here = here.f_back
+        return threading.get_ident() != thread  # the stack of another thread, such as autograd's, does not tell
+
+    return runs
+
+
+def _trainers_frame() -> FrameType | None:
+    """The innermost method of a trainer that is being executed."""
     frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            return found
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
-    return None
+    return frame
 
 
 class PairIndex:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,23 @@ def test_a_run_without_attribution_is_refused_with_the_reason(tmp_path: Path, sm
     run = make_run(windows=1, pairs=2, unattributed=[0])
     none = smda("pairs", write_run(tmp_path / "none", run))
     assert none.code == 2
-    assert "has no attributed window yet" in none.err
+    assert "has no attributed window yet. 1 of 1 window is not attributed: the store does not say why." in none.err
+    windows = tuple(replace(window, unattributed="no memory. Next step: buy some") for window in run.windows)
+    told = smda("pairs", write_run(tmp_path / "told", replace(run, windows=windows)))
+    assert "1 of 1 window is not attributed: no memory. Next step: buy some. Next step: wait" in told.err
+
+
+def test_the_reasons_of_windows_that_are_not_attributed_are_told(run: Run, tmp_path: Path, smda: Smda) -> None:
+    whys = {1: "no memory for 7 pairs", 2: "no memory for 7 pairs", 4: "no step was seen"}
+    windows = tuple(
+        replace(window, pairs=None, unattributed=whys[number]) if number in whys else window
+        for number, window in enumerate(run.windows)
+    )
+    store = write_run(tmp_path / "told", replace(run, windows=windows))
+    text = "3 of 6 windows are not attributed. 2 of them: no memory for 7 pairs. 1 of them: no step was seen."
+    assert text in " ".join(smda("pairs", store).out.split())
+    found = smda("pairs", store, "--json").json["not_attributed"]
+    assert found == {"why": {"no memory for 7 pairs": 2, "no step was seen": 1}, "text": text}
 
 
 @pytest.mark.parametrize("top", ["0", "-1", "2.5", "all"])

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -28,8 +28,10 @@ from smda_callbacks.observe.reading import Part
 from smda_callbacks.observe.sae import load_sae
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.sinks.store import StoreSink
-from smda_callbacks.training.callback import AdapterError, MeasuringCallback, require_readable
+from smda_callbacks.training.callback import MeasuringCallback
+from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.requirements import AdapterError, require_whole_model
 from tests.helpers.tiny import many_probes, tiny_model, tiny_tokenizer
 from tests.training.conftest import CHECKPOINTING, PAIRS
 
@@ -44,6 +46,7 @@ def make_plan(sae: Path, sinks: Sequence[Sink] = ()) -> Plan:
         distil=DistilOptions(support=6, min_active=3, cv_folds=3),
         batch_size=5,
         noise_draws=2,
+        attribution=AttributionOptions(engine="off"),
         make_sinks=lambda _: sinks,
         on_error="warn",
     )
@@ -153,9 +156,11 @@ def main(sae: Path, out: Path) -> None:
         found["refused"] = str(error)
     Instrument.read_share = real  # type: ignore[method-assign]
 
-    divided = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (2,)))
+    divided = tiny_model()
+    weight = distribute_tensor(divided.lm_head.weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    divided.lm_head.weight = torch.nn.Parameter(weight)
     try:
-        require_readable(divided)
+        require_whole_model(divided)
     except AdapterError as error:
         found["divided"] = str(error)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sysconfig
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,16 +97,24 @@ def log_records(
     for window in records:
         for sink in sinks:
             sink.write(window)
-    assert wandb.run is not None
-    folder = Path(wandb.run.dir).parent
+    assert isinstance(sinks[1], WandbSink)
+    folder = Path(run_of(sinks[1]).dir).parent
     for sink in sinks:
         for alert in alerts:
             sink.alert(alert)
         sink.close(end)
         sink.close(end)
     wandb.teardown()  # without it the file may not be closed yet
-    assert isinstance(sinks[1], WandbSink)
     return Logged(start, records, folder, store, read_back(folder), sinks[1])
+
+
+def run_of(sink: WandbSink) -> Any:
+    """The run of a sink, which is opened in the background."""
+    for _ in range(3000):
+        if sink.run is not None:
+            return sink.run
+        time.sleep(0.01)
+    raise AssertionError("no W&B run was opened")
 
 
 def all_bytes(root: Path) -> bytes:

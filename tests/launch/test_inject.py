@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -171,6 +172,21 @@ def test_a_trainer_gets_one_when_it_trains(desk: Desk, trainer: type[Stub], monk
     assert one.train() is False
     assert one.trained_with == ["SMDACallback"]
     assert trainer.train.__doc__ == "Trains."
+
+
+@pytest.mark.parametrize(("own", "seen"), [(logging.NOTSET, logging.INFO), (logging.ERROR, logging.ERROR)])
+def test_messages_come_through_unless_the_user_has_set_a_level(
+    own: int, seen: int, desk: Desk, trainer: type[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMDA_CONFIG", desk.smda)
+    logger = logging.getLogger("smda_callbacks")
+    before = logger.level
+    try:
+        logger.setLevel(own)
+        trainer().train()
+        assert logger.level == seen
+    finally:
+        logger.setLevel(before)
 
 
 def test_a_trainer_that_has_one_keeps_it(desk: Desk, trainer: type[Stub], monkeypatch: pytest.MonkeyPatch) -> None:

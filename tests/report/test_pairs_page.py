@@ -113,6 +113,24 @@ def test_other_runs_have_none_of_them_and_say_why(tmp_path: Path) -> None:
         assert said in Parsed(text).text
 
 
+def test_a_reward_model_s_behaviour_is_said_to_be_its_preference(text: str, tmp_path: Path) -> None:
+    assert "of a reward model" not in Parsed(text).text
+    run = make_run(windows=1)
+    preferred = replace(run, start=replace(run.start, manifest={**run.start.manifest, "scored_by": "preference"}))
+    assert "of a reward model: the probability that it prefers" in Parsed(text_of(tmp_path, preferred)).text
+
+
+def test_windows_that_are_not_attributed_are_told_with_their_reason(run: Run, text: str, tmp_path: Path) -> None:
+    assert "1 of 8 windows is not attributed: the store does not say why." in Parsed(text).text
+    why = "the step needs <more> memory. Next step: raise it."
+    windows = tuple(replace(each, unattributed=None if each.pairs else why) for each in run.windows)
+    one = text_of(tmp_path / "one", replace(run, windows=windows))
+    assert "1 of 8 windows is not attributed: the step needs <more> memory. Next step: raise it." in Parsed(one).text
+    none = tuple(replace(each, pairs=None, unattributed=why) for each in run.windows)
+    said = Parsed(text_of(tmp_path / "none", replace(run, windows=none))).text
+    assert "8 of 8 windows are not attributed: the step needs <more> memory." in said
+
+
 def test_the_page_loads_nothing_and_allows_only_its_scripts(text: str, audit_text: str) -> None:
     for each in (text, audit_text):
         pages.test_nothing_is_loaded(Parsed(each))

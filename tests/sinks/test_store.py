@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save
 
 from smda_callbacks.records import SCHEMA_VERSION
-from smda_callbacks.sinks.files import STEPS, StoreError, append_row
+from smda_callbacks.sinks.files import STEPS, StoreError, append_row, step_file
 from smda_callbacks.sinks.store import StoreSink, check_writable
 from smda_callbacks.sinks.store_reader import RunStore
 from tests.helpers.endless import numbered_alert, numbered_window
@@ -404,3 +406,16 @@ def test_a_torn_last_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     sink.open(resumed(run, 2))
     sink.alert(numbered_alert(9))
     assert RunStore.open(path).alerts() == [*run.alerts, numbered_alert(9)]
+
+
+def test_a_store_from_before_a_field_was_there_is_read(tmp_path: Path) -> None:
+    """Windows of older stores have no reason why they are not attributed."""
+    run = make_run(windows=2, pairs=3, unattributed=[1])
+    path = step_file(write_run(tmp_path / "run", run), run.windows[1].step)
+    with safe_open(path, "numpy") as old:
+        head = dict(old.metadata())
+        arrays = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118 - no mapping
+    record = json.loads(head["record"])
+    assert record.pop("unattributed") is None
+    path.write_bytes(save(arrays, {**head, "record": json.dumps(record)}))
+    assert RunStore.open(tmp_path / "run").windows()[1].unattributed is None

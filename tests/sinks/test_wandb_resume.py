@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.sinks.wandb_sink import WandbSink
 from tests.helpers.runs import Run, make_run, resumed
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_settings() -> Iterator[None]:
+    """W&B reads the environment once."""
+    yield
+    wandb.teardown()
 
 
 class FakeRun:
@@ -55,6 +63,7 @@ class Server:
         monkeypatch.setenv("WANDB_MODE", "offline" if offline else "online")
         monkeypatch.setattr(wandb, "run", None)
         monkeypatch.setattr(wandb, "init", self.init)
+        monkeypatch.setattr(wandb, "login", lambda **kwargs: True)
         wandb.teardown()
 
     def init(self, **kwargs: Any) -> FakeRun:

@@ -254,6 +254,7 @@ def test_a_run_that_cannot_start_is_tried_once(
         raise wandb.errors.CommError("no route to the server")
 
     monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "login", lambda **kwargs: True)
     sink, start = opened(monkeypatch, None)
     sink.write(make_window(start, 2))
     sink.write(make_window(start, 4))
@@ -296,7 +297,7 @@ def test_a_server_that_hangs_holds_up_nothing(
     (message,) = warnings_of(caplog)
     assert "closing failed (TimeoutError: not everything was sent within 0.2 s" in message
     gate.set()
-    assert sink._worker.close(5.0)
+    assert sink._channel._worker.close(5.0)
 
 
 def test_online_alerts_go_out_only_after_the_server_has_answered(

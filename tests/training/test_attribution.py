@@ -19,6 +19,7 @@ from smda_callbacks.observe.lora import AttributionError
 from smda_callbacks.observe.sequences import split_batch
 from smda_callbacks.records import LINES, PairBook
 from smda_callbacks.sinks.memory import MemorySink
+from smda_callbacks.training.attempts import GIVE_UP, Attempts
 from smda_callbacks.training.attribution import Attributor
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
@@ -471,3 +472,66 @@ def test_features_by_number_and_by_name(plan: Plan, sink: MemorySink, trainer: M
     assert [name for name in names if name.startswith("feature:")] == [f"feature:{last}:x", f"feature:{last}:y"]
     with pytest.raises(AttributionError, match=r"names 99999.*Allowed: .*" + str(last)):
         trainer(MeasuringCallback(attributed(plan, features=(99999,))), max_steps=1).train()
+
+
+def test_momentum_is_followed_by_each_group_s_own_betas(plan: Plan, sink: MemorySink, trainer: Make) -> None:
+    run = trainer(MeasuringCallback(attributed(plan)), max_steps=5, learning_rate=1e-3)
+    named = [(name, each) for name, each in run.model.named_parameters() if each.requires_grad]
+    halves = [[each for name, each in named if f"lora_{side}" in name] for side in "AB"]
+    betas = [(0.5, 0.9), (0.95, 0.99)]
+    groups = [{"params": half, "betas": each} for half, each in zip(halves, betas, strict=True)]
+    run.optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.0)
+    run.train()
+    for book in books(sink)[1:]:
+        assert abs(book.lines["momentum"]).max() < 1e-4 * abs(book.later_share).max()
+
+
+def test_attribution_that_fails_for_one_reason_is_switched_off_and_says_so_once(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, readings = Ghost.read, list[int]()
+
+    def counted(self: Ghost, model: Any) -> Any:
+        readings.append(1)
+        return real(self, model)
+
+    monkeypatch.setattr(Ghost, "read", counted)
+    run = trainer(MeasuringCallback(replace(attributed(plan, memory_gib=1e-6), on_error="warn")), max_steps=6)
+    run.train()
+    assert len(readings) == 2 * GIVE_UP  # at the start and the end of each of them, and at no later one
+    assert [window.status for window in sink.windows] == ["ok"] * 6
+    whys = [window.unattributed or "" for window in sink.windows]
+    assert all(why.startswith("the gradients of this step's pairs need more than") for why in whys[:GIVE_UP])
+    off = "attribution was switched off at step 3, after 3 windows in a row failed for one reason"
+    assert set(whys[GIVE_UP:]) == {off}
+    told = [alert for alert in sink.alerts if alert.kind == "attribution_off"]
+    assert [(alert.step, alert.message) for alert in told] == [(3, f"{off}: {whys[0]}")]
+    assert caplog.text.count("attribution was switched off") == 1
+    for module in run.model.modules():
+        assert not [each for each in module._forward_hooks.values() if "smda" in getattr(each, "func", each).__module__]
+
+
+def test_failures_for_different_reasons_or_with_a_success_between_go_on() -> None:
+    attempts = Attempts()
+    told = ["no step was seen", "they miss 12.5% of it", "they miss 7% of it", "no step was seen"]
+    assert [attempts.failed(why) for why in told] == [False] * 4
+    attempts = Attempts()
+    assert [attempts.failed("too large") for _ in range(2)] == [False, False]
+    attempts.succeeded()
+    assert [attempts.failed(f"{k}.5 GiB are too little") for k in range(3)] == [False, False, True]
+
+
+def test_a_window_that_the_cadence_leaves_out_has_no_reason_and_others_have(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = PairIndex.describe, list[int]()
+
+    def describe(self: PairIndex, number: int) -> Any:
+        calls.append(number)
+        if len(calls) == 1:
+            raise RuntimeError("broken")
+        return real(self, number)
+
+    monkeypatch.setattr(PairIndex, "describe", describe)
+    trainer(MeasuringCallback(replace(attributed(plan, every=2), on_error="warn"))).train()
+    assert [window.unattributed for window in sink.windows] == ["RuntimeError: broken", None, None, None]

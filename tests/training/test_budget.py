@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -72,6 +73,28 @@ def test_costs_that_grow_are_followed() -> None:
             last = number
     assert max(gap for number, gap in gaps if 100 < number < 1500) <= 2
     assert 8 <= max(gap for number, gap in gaps if number > 2000) <= 12
+
+
+def test_a_budget_that_goes_on_is_one_that_never_stopped() -> None:
+    whole, clock = Budget(1, 0.1, Clock()), Clock()
+    whole.clock = clock
+    whole.begin()
+    clock.now = 10.0
+    whole.note(1.5)
+    later = Clock()
+    later.now = 500.0  # another process's clock
+    after = Budget(1, 0.1, later)
+    after.go_on(json.loads(json.dumps(whole.state())))
+    after.begin()
+    for seconds in (1.0, 4.0, 20.0, 21.0, 30.0):
+        clock.now, later.now = 10.0 + seconds, 500.0 + seconds
+        assert after.taken == whole.taken
+        assert after.is_due(1) == whole.is_due(1)
+    assert whole.is_due(1)
+    fresh = Budget(1, 0.1, later)
+    fresh.go_on({})
+    fresh.begin()
+    assert fresh.taken == 0.0
 
 
 def test_a_run_keeps_its_budget_and_books_every_step(plan: Plan, sink: MemorySink, trainer: Any) -> None:

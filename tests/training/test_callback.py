@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from smda_callbacks.maths.ridge import fit_ridge
 from smda_callbacks.observe import reading as reading_module
@@ -19,8 +19,9 @@ from smda_callbacks.observe.sae import SAEError, load_sae
 from smda_callbacks.records import PATHWAYS, ROWS
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.alerts import AlertLimits
-from smda_callbacks.training.callback import AdapterError, MeasuringCallback, require_lora, require_whole_model
+from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.requirements import AdapterError, require_lora, require_whole_model
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
 
@@ -270,17 +271,19 @@ def test_a_model_without_a_trainable_adapter_is_refused() -> None:
         require_lora(frozen)
 
 
-def test_an_adapter_of_another_kind_and_a_sharded_model_are_refused(tmp_path: Any) -> None:
+def test_an_adapter_of_another_kind_and_a_sharded_model_are_refused() -> None:
     from peft import IA3Config, get_peft_model
 
     other = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(AdapterError, match=r"the adapters are \{'default': 'IA3'\}. Allowed: LORA"):
         require_lora(other)
-    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
-    require_whole_model(args)
-    args.fsdp = "full_shard"
-    with pytest.raises(AdapterError, match=r"FSDP shards the model over processes.*Allowed: one process, DDP"):
-        require_whole_model(args)
+    require_whole_model(other)
+    flat = type("FullyShardedDataParallel", (torch.nn.Sequential,), {})(tiny_model())
+    with pytest.raises(AdapterError, match=r"FSDP1 keeps.*Allowed: one process, DDP, FSDP2 .*version: 2.*, ZeRO-1"):
+        require_whole_model(flat)
+    next(other.parameters()).ds_id = 0  # how DeepSpeed marks what it has taken away
+    with pytest.raises(AdapterError, match=r"DeepSpeed ZeRO-3 keeps.*Allowed: one process, DDP, FSDP2"):
+        require_whole_model(other)
 
 
 def test_a_gradient_that_is_not_finite_is_an_alert_under_default_settings(
@@ -322,3 +325,60 @@ def test_the_noise_floor_is_of_the_optimizers_own_learning_rate(plan: Plan, sink
 def test_without_a_tokenizer_the_advice_fits(plan: Plan) -> None:
     with pytest.raises(ValueError, match=r"there is no tokenizer.*processing_class=tokenizer"):
         plan.instrument(tiny_model(), None, plan.load_sae())
+
+
+STRATEGIES = {
+    "steps": {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+    "epochs": {"eval_strategy": "epoch", "save_strategy": "epoch"},
+    "best": {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "best"},
+}
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_early_stopping_does_not_lose_the_last_window(
+    name: str, first: bool, plan: Plan, sink: MemorySink, trainer: Any
+) -> None:
+    """Step 2 or epoch 1 is the best of two evaluations; its checkpoint is loaded after the second, which stops."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    watching, stopping = MeasuringCallback(replace(plan, every=3)), EarlyStoppingCallback(1)
+    callbacks = [watching, stopping] if first else [stopping, watching]
+    end = 10 if name == "epochs" else 4
+    run = trainer(*callbacks, **best, **STRATEGIES[name], max_steps=30, per_device_train_batch_size=4)
+    weights: dict[int, np.ndarray] = {}
+    run.add_callback(Spy(lambda step, given: weights.__setitem__(step, _trained(given["model"]))))
+    run.train()
+    assert run.state.global_step == end
+    assert [(w.first_step, w.step) for w in sink.windows][-1] == (end - (end % 3 or 3) + 1, end)
+    assert not np.array_equal(_trained(run.model), weights[end])  # the best checkpoint is another one
+    other = MemorySink()
+    schedule = {"max_steps": 30, "per_device_train_batch_size": 4}
+    trainer(MeasuringCallback(replace(plan, every=3, make_sinks=lambda _: [other])), Stopping(end), **schedule).train()
+    np.testing.assert_array_equal(sink.windows[-1].snapshot.y, other.windows[-1].snapshot.y)
+
+
+def test_a_last_window_that_cannot_be_read_any_more_is_said(
+    plan: Plan, sink: MemorySink, trainer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Evaluation at the end of an epoch, no checkpoint after it: the next event comes after the best one is loaded."""
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    options |= {"eval_strategy": "epoch", "save_strategy": "best", "max_steps": 30, "per_device_train_batch_size": 4}
+    trainer(MeasuringCallback(replace(plan, every=3)), EarlyStoppingCallback(1), **options).train()
+    assert [(w.first_step, w.step) for w in sink.windows][-1] == (7, 9)
+    (lost,) = [alert for alert in sink.alerts if alert.kind == "last_window_lost"]
+    assert lost.step == 10
+    assert "steps 10 to 10 are not measured: an evaluation stopped training" in caplog.text
+
+
+class Stopping(TrainerCallback):
+    """Stops at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+def _trained(model: Any) -> np.ndarray:
+    return torch.cat([each.detach().flatten() for each in model.parameters() if each.requires_grad]).numpy()

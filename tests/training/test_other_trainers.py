@@ -11,21 +11,24 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
 from smda_callbacks.observe.lora import AttributionError
 from smda_callbacks.records import PATHWAYS
 from smda_callbacks.sinks.memory import MemorySink
-from smda_callbacks.training.callback import AdapterError, MeasuringCallback, require_readable
-from smda_callbacks.training.engine import AttributionOptions, check_training
+from smda_callbacks.training.callback import MeasuringCallback
+from smda_callbacks.training.engine import AttributionOptions, check_model, check_training
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.requirements import AdapterError, require_readable, require_whole_model
 from tests.helpers.other_trainers import STEPS, make_trainer
+from tests.helpers.tiny import tiny_model
 
 #: What the notice says of pairs.
 NOTICES = {
     "DPO": "preference training as DPO's",
     "KTO": "KTO's training",
     "GRPO": "online training as GRPO's",
+    "Reward": "a reward model's training, where a pair is two answers",
 }
 
 pytestmark = [
@@ -82,13 +85,33 @@ def test_pairs_that_were_asked_for_by_name_are_refused_by_the_trainings_kind(pla
         make_trainer("DPO", tmp_path, [MeasuringCallback(asked)]).train()
 
 
-def test_a_reward_model_is_refused_by_name(plan: Plan, sink: MemorySink, tmp_path: Path) -> None:
-    with pytest.raises(
-        AdapterError,
-        match=r"LlamaForSequenceClassification has no language-model head.*reward models.*Next step: watch",
-    ):
-        make_trainer("Reward", tmp_path, [MeasuringCallback(plan)]).train()
-    assert sink.start is None
+def test_the_notice_names_a_reward_model_and_its_pairs_are_refused_whatever_its_data(
+    plan: Plan, sink: MemorySink, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="smda_callbacks")
+    trainer = make_trainer("Reward", tmp_path, [MeasuringCallback(plan)])
+    trainer.train()
+    assert "watching refusal, as this reward model prefers it, on 24 probes" in caplog.text
+    assert "a reward model's training, where a pair is two answers" in caplog.text
+    assert sink.start is not None
+    assert sink.start.manifest["scored_by"] == "preference"
+    with pytest.raises(AttributionError, match=r"this is a reward model: it learns from two answers at once"):
+        check_model(trainer.model)
+    check_model(tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("llama", r"LlamaForSequenceClassification .*is no reward model: its head gives 3 numbers.*num_labels=1"),
+        ("bert", r"BertForSequenceClassification .*is no reward model: it has no head named score"),
+    ],
+)
+def test_a_classifier_that_is_no_reward_model_is_refused_by_name(kind: str, text: str) -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = AutoConfig.for_model(kind, **sizes, num_attention_heads=2, num_labels=3 if kind == "llama" else 1)
+    with pytest.raises(AdapterError, match=text):
+        require_readable(AutoModelForSequenceClassification.from_config(config))
 
 
 @pytest.mark.parametrize(
@@ -110,5 +133,5 @@ def test_the_kind_of_training_is_told_by_its_columns(columns: list[str], text: s
 def test_weights_that_are_split_over_processes_are_refused_by_name() -> None:
     model = nn.Linear(2, 2)
     model.weight.placements = ("Shard(0)",)  # as a DTensor has
-    with pytest.raises(AdapterError, match=r"1 weights are split over processes \(weight and others\)"):
-        require_readable(model)
+    with pytest.raises(AdapterError, match=r"weight and others are divided over processes as tensor"):
+        require_whole_model(model)

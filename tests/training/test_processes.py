@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +18,10 @@ from smda_callbacks.records import PATHWAYS
 from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.training.callback import MeasuringCallback
-from smda_callbacks.training.engine import AttributionOptions
 from tests.helpers.equal import assert_same
 from tests.helpers.processes import STEPS, make_plan, train
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.torchrun import torchrun
 
 
 @dataclass(frozen=True)
@@ -41,19 +35,7 @@ class Found:
 @pytest.fixture(scope="module")
 def found(sae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     out = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.helpers.processes", str(sae_folder), str(out)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=out,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = torchrun("tests.helpers.processes", sae_folder, out, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
     return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
 
@@ -79,8 +61,7 @@ def test_a_reading_together_is_bit_for_bit_one_alone(found: Found) -> None:
 
 def test_the_store_is_that_of_one_process(found: Found, sae_folder: Path, tmp_path: Path) -> None:
     one = StoreSink(tmp_path / "store")
-    plan = replace(make_plan(sae_folder, [one]), attribution=AttributionOptions(engine="off"))
-    train(tmp_path / "out", MeasuringCallback(plan), rows_per_process=2, dropout=0.0)
+    train(tmp_path / "out", MeasuringCallback(make_plan(sae_folder, [one])), rows_per_process=2, dropout=0.0)
     alone, together = RunStore.open(tmp_path / "store"), RunStore.open(found.out / "store")
     # Before the first step nothing differs, to the last bit.
     assert_same(together.policy, alone.policy)
@@ -95,8 +76,6 @@ def test_the_store_is_that_of_one_process(found: Found, sae_folder: Path, tmp_pa
         np.testing.assert_allclose(a.snapshot.x, b.snapshot.x, rtol=1e-4, atol=1e-4)
         for part in PATHWAYS:
             np.testing.assert_allclose(a.shift[part], b.shift[part], atol=1e-3 * np.abs(alone.policy.coef).max())
-    assert together.manifest["attribution"]["engine"] == "off"
-    assert "training runs on several processes" in together.manifest["attribution"]["why"]
 
 
 def test_a_process_that_fails_costs_the_window_and_nobody_waits(found: Found) -> None:
@@ -125,8 +104,8 @@ def test_a_callback_on_one_process_only_is_refused_in_time(found: Found) -> None
 
 def test_a_model_that_is_divided_over_processes_is_refused_by_name(found: Found) -> None:
     for note in found.notes:
-        assert "weights are split over processes" in note["divided"]
-        assert "Allowed: one process, DDP" in note["divided"]
+        assert "lm_head.weight and others are divided over processes as tensor or expert" in note["divided"]
+        assert "Allowed: one process, DDP, FSDP2" in note["divided"]
 
 
 @pytest.mark.parametrize(("items", "size"), [(5, 2), (4, 3), (1, 2)])

@@ -41,6 +41,7 @@ from tests.helpers.stopping import (
     whole_checkpoints,
 )
 from tests.helpers.tiny import many_probes, save_sae, tiny_sae
+from tests.helpers.torchrun import torchrun
 
 CARRY = AttributionOptions("ghost", renew=None, momentum="carry")
 
@@ -194,6 +195,9 @@ def test_the_window_that_was_open_at_the_checkpoint_spans_it(
     expected, found = RunStore.open(every_second / "smda").windows(), held(folder).windows()
     cut = [window for window in expected if window.first_step <= step < window.step]
     bare = [replace(window, pairs=None, pairs_seen=()) if window in cut else window for window in expected]
+    whys = [window.unattributed for window in found if window.first_step <= step < window.step]
+    assert re.search(rf"window open at step {step}, that of a checkpoint, began after step {step - 1}", whys[0] or "")
+    found = [replace(window, unattributed=None) if window.unattributed in whys else window for window in found]
     assert [window.pairs is None for window in found] == [window in cut for window in expected]
     described = {pair.id: pair for window in found for pair in window.pairs_seen}
     for one, other in zip(found, bare, strict=True):  # pairs of the cut window are described where they come next
@@ -453,3 +457,39 @@ def test_twenty_four_kills_leave_no_hole(tmp_path: Path) -> None:
     reached = _kill_loop(tmp_path, kills=24, steps=350)
     assert len(set(reached)) > 5
     print(f"steps reached at the kills: {reached}")
+
+
+def test_the_cadence_of_the_overhead_budget_is_gone_on_with(plan: Plan, tmp_path: Path) -> None:
+    """A budget so small that nothing but the first step and the last fits into it, however often training starts."""
+    small = replace(plan, overhead_budget=1e-6)
+    train(tmp_path, small, max_steps=4)
+    note = json.loads((tmp_path / "checkpoint-3" / NOTE).read_bytes())["budget"]
+    assert 0 < note["spent"] < note["elapsed"]
+    assert len(note["last"]) == 1
+    train(tmp_path, small, start=3, max_steps=6)
+    assert [(each.first_step, each.step) for each in held(tmp_path).windows()] == [(1, 1), (2, 6)]
+    edit = json.loads((tmp_path / "checkpoint-4" / NOTE).read_bytes())
+    del edit["budget"]  # as the notes of earlier versions
+    (tmp_path / "checkpoint-4" / NOTE).write_text(json.dumps(edit))
+    train(tmp_path, small, start=4, max_steps=6)
+    assert [(each.first_step, each.step) for each in held(tmp_path).windows()] == [(1, 1), (2, 5), (6, 6)]
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_run_of_two_processes_is_gone_on_with_by_two_others(way: str, tmp_path: Path) -> None:
+    """Stopped after a checkpoint, killed later than its checkpoint, and stopped inside a window."""
+    sae = save_sae(tiny_sae(), tmp_path / "sae")
+    for part in ("begin", "go on"):
+        done = torchrun("tests.helpers.resuming", sae, tmp_path, way, part, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-4000:]
+    whole, pairwise = (held(tmp_path / name).windows() for name in ("whole", "pairwise"))
+    assert [window.step for window in whole] == list(range(1, STEPS + 1))
+    assert done.stderr.count("going on at step") == 3
+    assert list_steps(tmp_path / "stopped" / "smda") == list(range(STEPS + 1))
+    for name, expected in (("stopped", whole), ("killed", whole), ("inside", pairwise)):
+        assert_same_windows(held(tmp_path / name).windows(), expected)
+        assert RunStore.open(tmp_path / name / "smda").end is not None
+    assert (tmp_path / "whole" / "checkpoint-3" / "pytorch_model_fsdp.bin").exists() == (way == "fsdp")
