@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``smda distill``."""
     add_inputs(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="save the policy there (policy.json, .safetensors)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="send it to W&B as an artifact that runs can start from")
     parser.add_argument("--top", metavar="N", type=int, default=12, help="terms of the formula to write out")
     add_json(parser)
 
@@ -58,8 +59,30 @@ def run(args: argparse.Namespace) -> int:
 
         write_policy(args.out, policy)
         out.say(f"Saved in {args.out}. To start runs from it: policy.path: {args.out} in the configuration.")
-    out.emit({**facts_of(policy, probes), "formulas": formulas, "gaps": gaps, "out": args.out and str(args.out)})
+    sent = publish(out, policy, args.wandb) if args.wandb else None
+    facts = {**facts_of(policy, probes), "formulas": formulas, "gaps": gaps}
+    out.emit({**facts, "out": args.out and str(args.out), "wandb": sent})
     return 0
+
+
+def publish(out: Screen, policy: PolicyRecord, project: str) -> str:
+    """Send the policy to W&B.
+
+    Raises:
+        InputError: W&B does not take it.
+    """
+    from smda_callbacks.sinks.wandb_policy import publish_policy
+
+    entity, _, name = project.rpartition("/")
+    try:
+        sent = publish_policy(policy, name, entity or None)
+    except Exception as error:  # W&B raises errors of many kinds; the user can do the same about all of them
+        raise InputError(
+            f"the policy cannot be sent to W&B ({type(error).__name__}: {error}). Next step: wandb login, or leave "
+            "--wandb out."
+        ) from error
+    out.say(f"Sent to W&B. To start runs from it: policy.path: {sent} in the configuration.")
+    return sent
 
 
 def check_free(folder: Path) -> None:

@@ -149,14 +149,16 @@ def free_folder(path: Path) -> Path:
 
 
 def load_policy(path: str | Path) -> PolicyRecord:
-    """A policy saved by ``smda distill`` or inside a run store.
+    """A policy saved by ``smda distill`` or inside a run store, or a W&B artifact: ``wandb:entity/project/name:alias``.
 
     Raises:
         StoreError: there is none, or it is damaged.
+        WandbFetchError: W&B does not give it.
     """
     from smda_callbacks.sinks.store_reader import read_policy
+    from smda_callbacks.sinks.wandb_policy import artifact_source, fetch_policy
 
-    return read_policy(path)
+    return read_policy(path) if artifact_source(str(path)) is None else fetch_policy(str(path))
 
 
 def builtin_path(source: str) -> str:

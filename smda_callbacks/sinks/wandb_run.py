@@ -15,7 +15,6 @@ from time import monotonic
 from typing import Any, get_args
 
 from smda_callbacks.records import Alert, RunStart
-from smda_callbacks.sinks import files
 from smda_callbacks.sinks.metrics import STEP
 from smda_callbacks.sinks.wandb_private import LogText, shown_files
 from smda_callbacks.sinks.wandb_sent import Into
@@ -145,15 +144,6 @@ def send_alert(run: Any, alert: Alert, reach_server: Callable[[], None]) -> None
             raise TimeoutError(f"the W&B server took {waited:.0f} s to answer, so the alert was not sent")
     title = f"SMDA {alert.kind}" + (f": {alert.category}" if alert.category else "")
     run.alert(title=title[:TITLE_LENGTH], text=f"step {alert.step}: {alert.message}", level="WARN")
-
-
-def log_policy(run: Any, store: Path, start: RunStart) -> None:
-    """Send the distilled policy as an artifact. Waits for the server."""
-    artifact = _artifact(run, "policy", start)
-    for suffix in ("json", "safetensors"):
-        path = store / f"{files.POLICY}.{suffix}"
-        artifact.add_file(str(path), name=path.name, skip_cache=True)
-    run.log_artifact(artifact)
 
 
 def log_store(run: Any, store: Path, start: RunStart, log_text: LogText) -> None:

@@ -18,6 +18,9 @@ Facts = Mapping[str, Any]
 #: The entry of a W&B run's configuration that names the run it goes on from.
 CONTINUES = "smda_continues"
 
+#: The entry of a W&B run's configuration with what a policy came out as, to compare runs over.
+POLICY_FACTS = "smda_policy"
+
 
 def runs_before(logged: Path | None, past: Past | None) -> list[Facts]:
     """The W&B runs that the earlier part of the run was sent to, the last one last. ``logged``: ``logged.jsonl``."""
@@ -60,10 +63,20 @@ def note_synced(store: Path, facts: Facts) -> None:
     files.write_json(store / files.WANDB, {**_notes(store / files.WANDB), "synced": [*others, dict(facts)]})
 
 
+def sent_to(store: Path) -> Facts | None:
+    """The W&B run that shows the stored run: the last that was sent to, one on a server before one that is offline."""
+    live: list[Facts] = _notes(store / files.WANDB).get("runs", [])
+    found = [*live, *synced_runs(store)]
+    online = [each for each in found if not each["offline"]]
+    chosen = online or found
+    return chosen[-1] if chosen else None
+
+
 def facts_of(run: Any) -> dict[str, Any]:
     """What is noted of a W&B run: how to find it again."""
-    facts = {name: getattr(run, name, None) for name in ("id", "project", "entity", "url")}
-    return {**facts, "offline": bool(getattr(run, "offline", False))}
+    facts = {name: getattr(run, name, None) for name in ("id", "project", "entity")}
+    offline = bool(getattr(run, "offline", False))
+    return {**facts, "url": None if offline else getattr(run, "url", None), "offline": offline}
 
 
 def link(before: Sequence[Facts], run: Any) -> dict[str, Any]:

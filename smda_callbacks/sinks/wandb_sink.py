@@ -26,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from smda_callbacks.records import Alert, RunEnd, RunStart, WindowRecord
-from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_runs, wandb_tables
+from smda_callbacks.sinks import files, wandb_media, wandb_run, wandb_tables
 from smda_callbacks.sinks.metric_values import Progress, progress_of
-from smda_callbacks.sinks.metrics import ALERTS, STEP, metric_names, rows_of_window, summary_of_progress
+from smda_callbacks.sinks.metrics import ALERTS, STEP, rows_of_window, summary_of_progress
 from smda_callbacks.sinks.past import Past
-from smda_callbacks.sinks.wandb_channel import Channel, Opening
+from smda_callbacks.sinks.wandb_channel import Channel
+from smda_callbacks.sinks.wandb_opening import Opener
+from smda_callbacks.sinks.wandb_policy import log_policy
 from smda_callbacks.sinks.wandb_private import LogText
 from smda_callbacks.sinks.wandb_sent import Into, Sent
 from smda_callbacks.sinks.wandb_tables import Table
@@ -81,8 +83,8 @@ class WandbSink:
         self._lock = threading.Lock()  # of the count of failures
         self._log_lock = threading.Lock()  # the worker writes to logged.jsonl too
         self._start: RunStart | None = None
-        self._before: Sequence[wandb_runs.Facts] = ()
-        self._channel = Channel(Opening(wandb_run.open_run, self._start_run, self._introduce), self._failed, queue_size)
+        self._opener = Opener(project, mode, past, into, self._guard)
+        self._channel = Channel(self._opener.opening, self._failed, queue_size)
         self._begun = self._closed = False
         self._alerts_sent = Counter(self._sent.alerts)
         self._windows = 0
@@ -107,7 +109,7 @@ class WandbSink:
             raise ValueError("this WandbSink was opened before; it takes one run. Make a new one for every run.")
         past = self._past
         start = start if past is None else past.store.start
-        self._names = metric_names(start)
+        self._opener.take(start, self.logged_path)
         self._progress = progress_of(start, () if past is None else past.windows())
         self._windows = 0 if past is None else past.windows_so_far
         self._start = start
@@ -161,33 +163,10 @@ class WandbSink:
         """Whether there may be a run to send to; begins to look for one, once, and sends what is known at the start."""
         if not self._begun:
             self._begun = True
-            self._guard("reading wandb.json", self._read_before)
-            if not self._before:
+            self._guard("reading wandb.json", self._opener.look_back)
+            if not self._opener.before:
                 self._send_start(start)
         return not self._channel.failed
-
-    def _read_before(self) -> None:
-        self._before = wandb_runs.runs_before(self.logged_path, self._past)
-
-    def _start_run(self) -> Any:
-        assert self._start is not None
-        known = self._before[-1] if self._before else None
-        name = wandb_runs.run_name(self._start.manifest) if self._start.manifest.get("run_id") else None
-        return wandb_run.start_run(self.project, self.mode, name, known, self._into)
-
-    def _introduce(self, run: Any, own: bool) -> None:
-        """What a run is told first; nothing here waits."""
-        start = self._start
-        assert start is not None
-        if own:
-            self._guard("defining the x axis", lambda: run.define_metric(STEP))
-        names = [*self._names, *wandb_media.history_keys(start)]
-        self._guard("defining metrics", lambda: wandb_run.define(run, names))
-        facts = {"smda": dict(start.manifest), **wandb_runs.link(self._before, run)}
-        self._guard("sending the configuration", lambda: run.config.update(facts, allow_val_change=True))
-        if self._into is None:
-            note = partial(wandb_runs.note_run, self.logged_path, self._before, run, own, self._past)
-            self._guard("noting the run", note)
 
     def _send_start(self, start: RunStart) -> None:
         """What is known before the first step."""
@@ -197,7 +176,7 @@ class WandbSink:
         self._submit_gaps(start.gaps, start.baseline.step)
         store = self.store_path
         if store is not None and wandb_run.kind_of("policy") not in self._sent.artifacts:
-            self._channel.submit("sending the policy", lambda: wandb_run.log_policy(self.run, store, start))
+            self._channel.submit("sending the policy", lambda: log_policy(self.run, store, start))
 
     def _log(self, build: Callable[[], Mapping[str, float]], step: int) -> None:
         if step not in self._sent.rows:

@@ -32,19 +32,22 @@ Values = dict[str, Any]
 
 
 class Books:
-    """What the server was sent. ``runs``: by ``project/id``; ``artifacts``: in order of their creation."""
+    """What the server was sent. ``runs``: by ``project/id``; ``artifacts``: in order of their creation, like
+    ``views``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, threading.RLock()
         path = folder / STATE
-        found: Values = json.loads(path.read_bytes()) if path.exists() else {"runs": {}, "artifacts": [], "alerts": []}
-        self.runs: dict[str, Values] = found["runs"]
-        self.artifacts: list[Values] = found["artifacts"]
-        self.alerts: list[str] = found["alerts"]
+        found: Values = json.loads(path.read_bytes()) if path.exists() else {}
+        self.runs: dict[str, Values] = found.get("runs", {})
+        self.artifacts: list[Values] = found.get("artifacts", [])
+        self.alerts: list[str] = found.get("alerts", [])
+        self.views: list[Values] = found.get("views", [])
 
     def keep(self) -> None:
         part = self.folder / f"{STATE}.part"
-        part.write_text(json.dumps({"runs": self.runs, "artifacts": self.artifacts, "alerts": self.alerts}))
+        names = ("runs", "artifacts", "alerts", "views")
+        part.write_text(json.dumps({name: getattr(self, name) for name in names}))
         part.replace(self.folder / STATE)
 
     @property
@@ -168,6 +171,21 @@ def op_output_artifacts(books: Books, given: Values) -> Values:
     return {"project": {"run": {"artifacts": {"totalCount": len(edges), "pageInfo": page, "edges": edges}}}}
 
 
+def op_view(books: Books, given: Values) -> Values:
+    books.views.append(given)
+    project = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
+    kept = {key: given.get(key) for key in ("type", "displayName", "description", "spec")}
+    view = {**kept, "id": f"v{len(books.views)}", "name": f"n{len(books.views)}", "project": project, "updatedAt": None}
+    return {"upsertView": {"view": view, "inserted": True}}
+
+
+def op_projects(books: Books, given: Values) -> Values:
+    node = {"__typename": "Project", "id": "p", "name": "p", "entityName": "me", "createdAt": "2026-01-01T00:00:00",
+            "isBenchmark": False, "user": None, "internalId": "1", "entity": {"name": "me"}}  # fmt: skip
+    page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+    return {"models": {"edges": [{"node": node, "cursor": "c"}], "pageInfo": page, "totalCount": 1}}
+
+
 def op_alert(books: Books, given: Values) -> Values:
     books.alerts.append(str(given.get("title")))
     return {"notifyScriptableRunAlert": {"success": True}}
@@ -194,6 +212,10 @@ OPS: dict[str, Callable[[Books, Values], Values]] = {
     "ArtifactType": op_artifact_type,
     "RunOutputArtifacts": op_output_artifacts,
     "NotifyScriptableRunAlert": op_alert,
+    "ProjectInternalId": lambda books, given: {"project": {"id": "p", "internalId": "UHJvamVjdEludGVybmFsSWQ6MQ=="}},
+    "GetProjects": op_projects,
+    "upsertView": op_view,
+    "UpsertView2": op_view,
 }
 
 
@@ -352,6 +374,7 @@ def wandb_server(folder: Path) -> Iterator[Server]:
     (folder / "server").mkdir()
     server = Server(folder / "server")
     server.start()
+    wandb.teardown()  # an earlier test's process, which the environment names
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("WANDB_")]:
             patch.delenv(name)
@@ -360,7 +383,6 @@ def wandb_server(folder: Path) -> Iterator[Server]:
         settings = {"BASE_URL": server.url, "API_KEY": "a" * 40, "ERROR_REPORTING": "false", "SILENT": "true"}
         for name, value in settings.items():
             patch.setenv(f"WANDB_{name}", value)
-        wandb.teardown()
         try:
             yield server
         finally:
