@@ -7,6 +7,7 @@ part in as many as there are processes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -64,32 +65,49 @@ class TeamCapture:
 
 
 class PairSender:
-    """What another process does for it: the events of a step, as the attributor of the main process has them."""
+    """What another process does for it: the events of a step, as the attributor of the main process has them.
 
-    def __init__(self, capture: PairCapture, team: Team) -> None:
-        self._capture, self._team = capture, team
+    ``make`` makes its capture. Whatever fails is sent in place of the examples: the main process waits for one of them.
+    """
+
+    def __init__(self, make: Callable[[], PairCapture], team: Team) -> None:
+        self._make, self._team = make, team
+        self._capture: PairCapture | None = None
+        self._fault: Failure | None = None
 
     def begin_step(self) -> None:
-        self._capture.attach()
+        try:
+            self._capture = self._capture or self._make()
+            self._capture.attach()
+        except Exception as error:
+            self._fault = Failure(told(error))
 
     def before_step(self) -> None:
-        self._capture.stop()
+        if self._capture is not None:
+            self._capture.stop()
 
     def after_step(self) -> None:
         """Send this process's examples, or why there are none."""
-        found = captured_or_why(self._capture)
-        self._team.gather(found.to(torch.device("cpu")) if isinstance(found, Captured) else found)
-        self._capture.release()
+        if self._fault is not None or self._capture is None:
+            found: Captured | Failure = self._fault or Failure("the step's beginning was not seen")
+        else:
+            found = captured_or_why(self._capture, torch.device("cpu"))
+        self._fault = None
+        self._team.gather(found)
+        if self._capture is not None:
+            self._capture.release()
 
     def end(self) -> None:
         """The examples are no longer wanted."""
-        self._capture.detach()
+        if self._capture is not None:
+            self._capture.detach()
 
 
-def captured_or_why(capture: PairCapture) -> Captured | Failure:
-    """What a process captured; an error would leave the others waiting."""
+def captured_or_why(capture: PairCapture, device: torch.device | None = None) -> Captured | Failure:
+    """What a process captured, on ``device`` if one is given; an error would leave the others waiting."""
     try:
-        return capture.take()
+        found = capture.take()
+        return found if device is None else found.to(device)
     except AttributionError as error:
         return Failure(str(error))
     except Exception as error:

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from smda_callbacks.observe.divided import BrokenPassError, InStep, LeftError, is_part, put_together
+from smda_callbacks.observe.divided import BrokenPassError, InStep, LeftError, is_part, put_together, unbroken
 from smda_callbacks.observe.reading import Part
 
 #: How long to wait for the other processes to join, in seconds: they stand at the same line of the trainer.
@@ -169,10 +169,12 @@ def whole_weights(
 
     The first process calls it, and the others help. ``keep`` must not return a view: it would hold on to the whole.
     """
-    if team is not None and any(map(is_part, wanted)):
-        numbers = {id(each): name for name, each in model.named_parameters(remove_duplicate=False)}
-        team.tell(Command("weights", names=tuple(numbers[id(each)] for each in wanted)))
-    return [keep(put_together(each.detach())) for each in wanted]
+    if team is None or not any(map(is_part, wanted)):
+        return [keep(put_together(each.detach())) for each in wanted]
+    numbers = {id(each): name for name, each in model.named_parameters(remove_duplicate=False)}
+    team.tell(Command("weights", names=tuple(numbers[id(each)] for each in wanted)))
+    with unbroken("putting weights together"):
+        return [keep(put_together(each.detach())) for each in wanted]
 
 
 def help_with_weights(model: nn.Module, names: Sequence[str]) -> None:

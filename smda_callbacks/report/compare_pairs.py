@@ -181,11 +181,12 @@ def _in_run(table: PairTable, rows: Sequence[int] | None, place: int) -> PairIn:
     if not known:
         return PairIn("not attributed")
     effect, windows = float(table.effect[known, place].sum()), int(table.windows[known].sum())
-    floor = None if table.floor is None else float(np.sqrt(np.square(table.floor[known, place]).sum()))
-    if floor is None:
+    if table.floor is None:
         return PairIn("acts" if effect else "below noise", effect, None, windows)
-    if np.isnan(floor):  # only its momentum was seen, in windows that it was not trained on in
+    floors = table.floor[known, place]
+    if np.isnan(floors).all():  # only its momentum was seen, in windows that it was not trained on in
         return PairIn("not attributed")
+    floor = float(np.sqrt(np.nansum(np.square(floors))))
     return PairIn("acts" if above_floor(effect, floor, TIMES) else "below noise", effect, floor, windows)
 
 

@@ -15,6 +15,7 @@ from smda_callbacks.records import Array, PolicyRecord
 from smda_callbacks.report.data import RunData
 from smda_callbacks.report.shifts import cumulative_shifts, shift_floors
 from smda_callbacks.sinks.attribution import is_audit
+from smda_callbacks.sinks.metric_axes import slugs
 from smda_callbacks.sinks.run_source import RunSource
 
 #: What the commands and the errors call the option that lets runs be compared which do not share all of IDENTITY.
@@ -66,7 +67,9 @@ class ComparedRun:
         """Steps at which the behaviour was read, from the start on."""
         if self.data is not None:
             return self.data.steps
-        return [step for step, _ in self.source.logged.rows] if self.source.logged else []
+        names = tuple(f"smda/{name}{kind}/" for name in slugs(self.behaviours) for kind in ("_group", ""))
+        rows = self.source.logged.rows if self.source.logged else ()
+        return [step for step, row in rows if any(name.startswith(names) for name in row)]
 
     @property
     def status(self) -> str:

@@ -143,13 +143,14 @@ def _mlflow(start: RunStart, folder: Path, project: str) -> Client:
     """The active run, else one of our own. MLflow has no alerts: they are counted in ``smda/alerts/count``."""
     import mlflow
 
-    own = mlflow.active_run() is None
-    if own:
-        mlflow.start_run(run_name=start.manifest["run_id"])
+    run = mlflow.active_run()
+    own = run is None
+    run = run or mlflow.start_run(run_name=start.manifest["run_id"])
 
     def log(row: Mapping[str, float], step: int) -> None:
         values = {name: value for name, value in row.items() if name != STEP}
-        mlflow.log_metrics(values, step=step, synchronous=False)
+        # By its id: the trainer's integration ends its run before the last row is here, and a new one would be opened.
+        mlflow.log_metrics(values, step=step, synchronous=False, run_id=run.info.run_id)
 
     return Client(log, lambda step, text: None, mlflow.end_run if own else mlflow.flush_async_logging)
 
@@ -164,7 +165,7 @@ def _trackio(start: RunStart, folder: Path, project: str) -> Client:
         run = trackio.init(project=project, name=start.manifest["run_id"])
 
     def alert(step: int, text: str) -> None:
-        trackio.alert(title="SMDA", text=text, level=trackio.AlertLevel.WARN)
+        run.alert(title="SMDA", text=text, level=trackio.AlertLevel.WARN)
 
     return Client(lambda row, step: run.log(dict(row), step=step), alert, run.finish if own else lambda: None)
 

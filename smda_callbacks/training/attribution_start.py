@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -84,7 +84,7 @@ def start_attribution(
         )
     else:
         engine = Exact(instrument, sites, partial(measured, functionals, scale=policy.scale, lam=policy.lam))
-    own = make_capture(model, sites, instrument, options, trainer.tokenizer)
+    own = make_capture(model, sites, instrument, options, trainer.tokenizer, training=training_runs())
     capture = own if instrument.team is None else TeamCapture(own, instrument.team)
     attributor = Attributor(
         engine,
@@ -101,7 +101,13 @@ def start_attribution(
 
 
 def make_capture(
-    model: nn.Module, sites: tuple[LoraSite, ...], instrument: Instrument, options: AttributionOptions, tokenizer: Any
+    model: nn.Module,
+    sites: tuple[LoraSite, ...],
+    instrument: Instrument,
+    options: AttributionOptions,
+    tokenizer: Any,
+    *,
+    training: Callable[[], bool],
 ) -> PairCapture:
     """What sees the examples of this process."""
     return PairCapture(
@@ -111,7 +117,7 @@ def make_capture(
         readout=instrument.readout,
         limit=options.limit,
         marker=prompt_marker(tokenizer),
-        training=training_runs(),
+        training=training,
     )
 
 

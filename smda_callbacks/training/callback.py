@@ -34,7 +34,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smda_callbacks.observe.divided import reshard
-from smda_callbacks.observe.sharding import Team, join_team
+from smda_callbacks.observe.sharding import Team, join_team, told
 from smda_callbacks.records import Alert, WindowRecord
 from smda_callbacks.training.attribution_start import Trainer
 from smda_callbacks.training.budget import Budget
@@ -87,6 +87,7 @@ class MeasuringCallback(TrainerCallback):
         self._skipped: list[int] = []
         self._booked = 0
         self._budget = Budget(plan.every, plan.overhead_budget)
+        self._raised: Exception | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,7 +108,7 @@ class MeasuringCallback(TrainerCallback):
         if self.monitor is not None and self.monitor.attributor is not None:
             self.monitor.attributor.end()  # a training that broke off: its hooks are still on
         show_log()
-        self._trainer, self._skipped, self._booked = {}, [], state.global_step
+        self._trainer, self._skipped, self._booked, self._raised = {}, [], state.global_step, None
         self._budget = Budget(self.plan.every, self.plan.overhead_budget)
         rate = peak_learning_rate(kwargs.get("optimizer"), args)
         trainer = Trainer(args, kwargs.get("optimizer"), kwargs.get("train_dataloader"), tokenizer)
@@ -160,6 +161,8 @@ class MeasuringCallback(TrainerCallback):
     @_together
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Book a window every ``plan.every`` optimizer steps."""
+        if self._raised is not None:
+            raise self._raised
         if self.monitor is None:
             return
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
@@ -234,8 +237,10 @@ class MeasuringCallback(TrainerCallback):
             getattr(attributor, event)(*given)
         except Exception as error:
             if self.plan.on_error == "raise":
-                raise
-            attributor.skip(f"{type(error).__name__}: {error}")
+                if self._team is None:
+                    raise
+                self._raised = self._raised or error  # where the others can be told
+            attributor.skip(told(error))
 
     def _book_rest(self, model: nn.Module, state: TrainerState) -> None:
         if self.monitor is not None and state.global_step > self._booked:

@@ -187,17 +187,19 @@ class Monitor:
     def _window(self, model: nn.Module, head: dict[str, Any]) -> WindowRecord:
         reading = self.attributor.read(model) if self.attributor else self.instrument.read(model)
         snapshot = self.instrument.snapshot(head["step"], reading)
-        attributed = self._attribute(model, snapshot)
         booked = book_window(self.snapshot, snapshot, self.policy, self.plan.probes.groups, seed=self.plan.seed)
-        self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()))
         health = self._health(reading)
         alerts = behaviour_alerts(snapshot.step, snapshot.y, self._start_y(), self.plan.probes.probes, self.plan.limits)
         if health is not None:
             alerts += health_alerts(snapshot.step, health, self.health_start, self.plan.limits)
+        update_rms = self.meter.rms()
+        # Last of what may fail: a window that fails is spanned by the next, and its pairs must not be booked twice.
+        attributed = self._attribute(model, snapshot)
+        self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()))
         record = WindowRecord(
             status="ok",
             seconds=0.0,
-            update_rms=self.meter.rms(),
+            update_rms=update_rms,
             snapshot=snapshot,
             health=health,
             alerts=tuple(self.causes.named(alert) for alert in self.book.new(alerts)),

@@ -19,6 +19,7 @@ from smda_callbacks.observe.reading import Part
 from smda_callbacks.observe.sharding import Command, ProcessError, Team, help_with_weights, told
 from smda_callbacks.training.attribution_start import make_capture
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.row_identity import training_runs
 
 
 class Participant:
@@ -30,7 +31,9 @@ class Participant:
         self._narrowed: Instrument | None = None
         self._moves = RandomMoves(trained_parameters(model))
         self._divided = is_divided(model)
-        self._sender: PairSender | None = None
+        # Asked now, in the trainer's own loop: later it is a loop over an epoch, which ends before the training does.
+        self._training = training_runs()
+        self._sender = PairSender(self._capture, team)
         self._sends = False
 
     def serve(self) -> None:
@@ -47,27 +50,28 @@ class Participant:
         if command.what == "stop":
             raise ProcessError(f"the main process stopped: {command.text}")
         self._sends = command.capture
-        if self._sender is not None and not self._sends:
+        if not self._sends:
             self._sender.end()
 
     def begin_step(self) -> None:
         """Capture the gradients of this process's examples, where they are wanted; likewise the other two."""
         if self._sends:
-            if self._sender is None:
-                self._sender = PairSender(self._capture(), self.team)
             self._sender.begin_step()
 
     def before_step(self, optimizer: Any) -> None:
-        if self._sends and self._sender is not None:
+        if self._sends:
             self._sender.before_step()
 
     def after_step(self, optimizer: Any) -> None:
-        if self._sends and self._sender is not None:
+        if self._sends:
             self._sender.after_step()
 
     def _capture(self) -> PairCapture:
         assert self._full is not None  # the baseline was read
-        return make_capture(self.model, lora_sites(self.model), self._full, self.plan.attribution, self.tokenizer)
+        sites = lora_sites(self.model)
+        return make_capture(
+            self.model, sites, self._full, self.plan.attribution, self.tokenizer, training=self._training
+        )
 
     def _read(self, command: Command) -> list[Part]:
         instrument = self._instrument(command.features)

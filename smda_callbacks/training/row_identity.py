@@ -32,7 +32,8 @@ def find_trainer() -> Trainer | None:
 def training_runs() -> Callable[[], bool]:
     """A function that tells, later, whether the training that this is called in still runs; True where none is found.
 
-    A training that breaks off calls nobody, but its loop is gone from the call stack then. Nothing is kept alive.
+    A training that breaks off calls nobody, but its loop is gone from the call stack then. Nothing is kept alive. Ask
+    for it in ``on_train_begin``: elsewhere the innermost loop may be that over an epoch.
     """
     frame, thread = _trainers_frame(), threading.get_ident()
     if frame is None:

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from smda_callbacks.observe.pair_gradients import Captured, PairCapture
 from smda_callbacks.sinks.base import Sink
@@ -28,32 +32,36 @@ def pair_plan(sae: Path, sinks: Sequence[Sink] = (), **options: Any) -> Plan:
     return replace(make_plan(sae, sinks), attribution=AttributionOptions(renew=None, **options), noise_draws=0)
 
 
-class Failing:
-    """``PairCapture.take`` that fails on one process at one call, and ``Attributor.before_step`` likewise."""
+@contextmanager
+def failing(faults: dict[tuple[type[Any], str], tuple[int, ...]]) -> Iterator[None]:
+    """Context in which methods raise at the calls of these numbers, from 1."""
+    real = {place: getattr(*place) for place in faults}
 
-    def __init__(self, rank: int) -> None:
-        self.rank, self.takes, self.befores = rank, 0, 0
-        self.take, self.before_step = PairCapture.take, Attributor.before_step
+    def broken(place: tuple[type[Any], str]) -> Callable[..., Any]:
+        calls = itertools.count(1)
 
-    def install(self) -> None:
-        fault = self
+        def method(*given: Any) -> Any:
+            if next(calls) in faults[place]:
+                raise RuntimeError(f"{place[1]} is out of luck")
+            return real[place](*given)
 
-        def take(capture: PairCapture) -> Captured:
-            fault.takes += 1
-            if fault.rank == 1 and fault.takes == 2:
-                raise RuntimeError("out of luck")
-            return fault.take(capture)
+        return method
 
-        def before_step(attributor: Attributor, optimizer: Any) -> None:
-            fault.befores += 1
-            if fault.befores == 4:
-                raise RuntimeError("out of luck, too")
-            fault.before_step(attributor, optimizer)
+    for place in faults:
+        setattr(*place, broken(place))
+    yield
+    for place, method in real.items():
+        setattr(*place, method)
 
-        PairCapture.take, Attributor.before_step = take, before_step  # type: ignore[method-assign]
 
-    def remove(self) -> None:
-        PairCapture.take, Attributor.before_step = self.take, self.before_step  # type: ignore[method-assign]
+class Restless(TrainerCallback):
+    """Allocates memory between epochs, so that nothing new lies where something old was."""
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.kept += [[None] * size for size in range(2000)]
 
 
 def main(sae: Path, out: Path) -> None:
@@ -67,10 +75,24 @@ def main(sae: Path, out: Path) -> None:
     found: dict[str, Any] = {"without": train(out / "trainer", dropout=0.0, rows_per_process=2)}
     found["watched"] = watched("store")
     found["every"] = watched("every", every=2)
-    failing = Failing(rank)
-    failing.install()
-    found["failing"] = watched("failing")
-    failing.remove()
+    faults: list[dict[tuple[type[Any], str], tuple[int, ...]]] = [
+        {(Attributor, "before_step"): (4,)},
+        {(PairCapture, "take"): (2,), (Captured, "to"): (2,), (PairCapture, "attach"): (5,)},
+    ]
+    with failing(faults[rank]):
+        found["failing"] = watched("failing")
+
+    sinks = [StoreSink(out / "epochs")] if rank == 0 else []
+    watching = MeasuringCallback(pair_plan(sae, sinks))
+    train(out / "trainer", watching, Restless(), dropout=0.0, rows=8)
+
+    began = time.monotonic()
+    with failing({(Attributor, "before_step"): (2,)}):
+        try:
+            train(out / "trainer", MeasuringCallback(replace(pair_plan(sae), on_error="raise")), dropout=0.0)
+        except RuntimeError as error:
+            found["raised"] = str(error)
+    found["waited"] = time.monotonic() - began
     torch.save(found, out / f"{rank}.pt")
 
 

@@ -63,9 +63,16 @@ class Weights(TrainerCallback):
 
 
 def train(
-    folder: Path, *callbacks: TrainerCallback, rows_per_process: int = 1, dropout: float = 0.1
+    folder: Path,
+    *callbacks: TrainerCallback,
+    rows_per_process: int = 1,
+    dropout: float = 0.1,
+    rows: int | None = None,
 ) -> list[list[torch.Tensor]]:
-    """Train for a few steps; the same rows are in a step however many processes share them. Weights after each."""
+    """Train for a few steps; the same rows are in a step however many processes share them. Weights after each.
+
+    ``rows``: train on so many rows only.
+    """
     options: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": rows_per_process,
@@ -86,7 +93,7 @@ def train(
     SFTTrainer(
         model=tiny_model(),
         args=SFTConfig(str(folder), **options),
-        train_dataset=Dataset.from_list(PAIRS),
+        train_dataset=Dataset.from_list(PAIRS[:rows]),
         processing_class=tiny_tokenizer(),
         peft_config=LoraConfig(target_modules="all-linear", r=2, lora_dropout=dropout, task_type="CAUSAL_LM"),
         callbacks=[*callbacks, weights],

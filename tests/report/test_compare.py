@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from smda_callbacks.records import PATHWAYS
 from smda_callbacks.report.compare import Comparison, as_json, compare
-from smda_callbacks.report.compare_pairs import PairApart, PairComparison
+from smda_callbacks.report.compare_pairs import PairApart, PairComparison, PairIn, _in_run
 from smda_callbacks.report.compare_runs import CompareError, differing_settings, named_runs
 from smda_callbacks.report.compare_text import sentences
 from smda_callbacks.report.data import RunData, behaviour_floors
@@ -283,6 +284,16 @@ def test_a_pair_whose_windows_were_not_attributed_is_not_said_to_be_silent(tmp_p
     assert found.shared == 8
 
 
+def test_equal_pairs_of_a_run_are_judged_by_the_floors_that_are_known() -> None:
+    def table(floor: list[float]) -> Any:
+        arrays = {"effect": [[0.5], [0.01]], "windows": [1, 0], "known": [True, True]}
+        return SimpleNamespace(**{name: np.array(each) for name, each in arrays.items()}, floor=np.array([floor]).T)
+
+    assert _in_run(table([0.1, np.nan]), [0, 1], 0) == PairIn("acts", 0.51, 0.1, 1)
+    assert _in_run(table([0.3, 0.4]), [0, 1], 0) == PairIn("below noise", 0.51, pytest.approx(0.5), 1)
+    assert _in_run(table([np.nan, np.nan]), [0, 1], 0) == PairIn("not attributed")
+
+
 @pytest.mark.parametrize("rows_moved", [False, True])
 def test_without_texts_rows_are_matched_and_data_that_differ_are_told(
     tmp_path: Path, run: Run, rows_moved: bool
@@ -385,6 +396,7 @@ def test_metrics_alone_give_trajectories_and_summary_and_say_what_is_missing(tmp
 
     (source,) = stored(tmp_path, run)
     rows = tuple((w.step, rows_of_window(w, run.start)) for w in (run.start.baseline, *run.windows))
+    rows += ((run.windows[-1].step + 5, {"smda/alerts/count": 1.0}),)  # an alert is no reading
     summary = summary_of_run(run.start, run.windows)
     logged = WandbRun("abc", run.start.manifest, rows, summary, True, {})
     other = RunSource("abc", "W&B folder", run.start.manifest, logged=logged, notes=("no policy here",))

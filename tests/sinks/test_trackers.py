@@ -31,6 +31,8 @@ def run() -> Run:
 class Stand:
     """MLflow and trackio: what they were sent, and which runs were started and ended."""
 
+    is_mlflow = False
+
     def __init__(self, *, is_open: bool = False) -> None:
         self.rows: Rows = defaultdict(dict)
         self.alerts: list[str] = []
@@ -38,23 +40,35 @@ class Stand:
         self.is_open = is_open
         self.broken = False
 
+    info = SimpleNamespace(run_id="r1")  # as MLflow's
+
     def log(self, row: dict[str, float], step: int, **options: Any) -> None:
         if self.broken:
             raise ConnectionError("no server")
+        assert options.get("run_id", "r1") == "r1"
+        # Without the id MLflow opens a new run, once the trainer has ended its own.
+        assert self.is_mlflow == ("run_id" in options)
         self.rows[step] |= row
 
     def start(self, *args: Any, **kwargs: Any) -> Stand:
         self.events.append("start")
         return self
 
+    def alert(self, title: str, text: str, level: str) -> None:
+        self.alerts.append(text)
+
     def finish(self) -> None:
         self.events.append("finish")
+
+    def log_metrics(self, row: dict[str, float], **options: Any) -> None:
+        self.is_mlflow = True
+        self.log(row, **options)
 
     def mlflow(self) -> dict[str, Any]:
         return {
             "active_run": lambda: self if self.is_open else None,
             "start_run": self.start,
-            "log_metrics": self.log,
+            "log_metrics": self.log_metrics,
             "end_run": self.finish,
             "flush_async_logging": lambda: None,
         }
@@ -64,7 +78,6 @@ class Stand:
         return {
             "context_vars": SimpleNamespace(current_run=current),
             "init": self.start,
-            "alert": lambda title, text, level: self.alerts.append(text),
             "AlertLevel": SimpleNamespace(WARN="warn"),
         }
 

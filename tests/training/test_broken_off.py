@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from smda_callbacks.observe.pair_gradients import PairCapture
+from smda_callbacks.records import LINES
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
+from smda_callbacks.training.monitor import Monitor
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.row_identity import training_runs
 from tests.training.conftest import CHECKPOINTING
@@ -135,3 +138,29 @@ def test_whether_a_training_runs_is_told_by_the_stack_of_its_own_thread(plan: Pl
     thread.join()
     assert elsewhere == [True]
     assert training_runs()()  # outside of a training there is none that could break off
+
+
+def test_pairs_of_a_window_that_fails_are_booked_once_by_the_next(
+    plan: Plan, sink: MemorySink, trainer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else fails in a window fails before its pairs are booked."""
+    real, calls = Monitor._health, list[int]()
+
+    def health(monitor: Monitor, reading: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        return real(monitor, reading)
+
+    monkeypatch.setattr(Monitor, "_health", health)
+    trainer(MeasuringCallback(replace(watched(plan).plan, on_error="warn")), max_steps=3).train()
+    assert [window.status for window in sink.windows] == ["ok", "failed", "ok"]
+    first, _, last = sink.windows
+    assert first.pairs is not None
+    assert last.pairs is not None
+    assert len(last.pairs.ids) == 2 * len(first.pairs.ids)
+    assert {pair.id for pair in last.pairs_seen} == set(last.pairs.ids.tolist())
+    assert set(last.pairs.later_ids.tolist()) <= {*first.pairs.ids.tolist(), *last.pairs.ids.tolist()}
+    share = last.pairs.share.sum(axis=0) + last.pairs.later_share.sum(axis=0)
+    total = share + sum(last.pairs.lines[name] for name in LINES)
+    np.testing.assert_allclose(total, last.pairs.lines["measured"], atol=1e-12)

@@ -108,6 +108,23 @@ def test_windows_between_attributed_ones_are_left_alone(found: Found) -> None:
 def test_a_process_that_fails_costs_its_window_and_nobody_waits(found: Found) -> None:
     windows = RunStore.open(found.out / "failing").windows()
     assert [w.status for w in windows] == ["ok"] * STEPS
-    assert [w.pairs is not None for w in windows] == [True, False, True, False, True]
-    assert "process 1: RuntimeError: out of luck" in str(windows[1].unattributed)
-    assert "out of luck, too" in str(windows[3].unattributed)
+    assert [w.pairs is not None for w in windows] == [True] + [False] * 4
+    wanted = [
+        "process 1: RuntimeError: take is out of luck",
+        "process 1: RuntimeError: to is out of luck",
+        "RuntimeError: before_step is out of luck",
+        "process 1: RuntimeError: attach is out of luck",
+    ]
+    for window, text in zip(windows[1:], wanted, strict=True):
+        assert text in str(window.unattributed)
+
+
+def test_pairs_are_known_through_several_epochs(found: Found) -> None:
+    windows = RunStore.open(found.out / "epochs").windows()  # eight rows, two a step: four steps an epoch
+    assert [None if w.pairs is None else len(w.pairs.ids) for w in windows] == [2] * STEPS
+
+
+def test_what_the_main_process_raises_ends_the_others_in_time(found: Found) -> None:
+    assert found.notes[0]["raised"] == "before_step is out of luck"
+    assert found.notes[1]["raised"] == "the main process stopped: RuntimeError: before_step is out of luck"
+    assert all(note["waited"] < 60 for note in found.notes)
