@@ -1,15 +1,16 @@
 """What watching a run takes in memory: the part of recipes/benchmark_overhead.py that is about peaks.
 
 ``extra_peak_memory``: the most memory that a watched training takes, less that of one that is not, each in a process of
-its own. On a GPU it is what torch allocates there, on a CPU the resident set.
+its own. On a GPU it is what torch allocates there, on a CPU the resident set (Linux).
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import resource
+import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,4 +43,6 @@ def _peak(call: Callable[[Any], object], argument: Any) -> float:
     call(argument)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+    # Not getrusage: what that gives a new process begins at the peak of the one that started it.
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / MIB  # type: ignore[index]

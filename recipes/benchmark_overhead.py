@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,11 +36,9 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import datasets
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
 
@@ -52,6 +48,7 @@ from recipes.benchmark_pairs import Step, capture, ghost
 from recipes.benchmark_training import (
     NO_PAIRS,
     Options,
+    be_silent,
     load,
     lora,
     read_pairs,
@@ -194,11 +191,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure, print a table, write the file."""
     args = arguments()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what TRL asks of transformers is not ours to change
-    logging.getLogger("smda_callbacks").addHandler(logging.NullHandler())
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    be_silent()
     repeats, steps = (2, 4) if args.quick else (args.repeats, -1)
     options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
     print(HEADER)

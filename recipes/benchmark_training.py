@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
 from recipes.benchmark_maths import Figure
@@ -57,8 +61,18 @@ def train_runtime(options: Options, chosen: dict[str, Any] | None) -> float:
     return train(options, None if chosen is None else SMDACallback.from_config(settings(options, chosen)))
 
 
+def be_silent() -> None:
+    """No messages between the figures; new processes need it again."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what TRL asks of transformers is not ours to change
+    logging.getLogger("smda_callbacks").addHandler(logging.NullHandler())
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
 def train(options: Options, callback: TrainerCallback | None) -> float:
     """Seconds that the trainer reports for a run with this callback."""
+    be_silent()
     set_seed(0)
     model, tokenizer = load(options)
     with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from smda_callbacks.report.compare import Comparison
     from smda_callbacks.report.compare_pairs import PairApart, PairIn
     from smda_callbacks.report.compare_policy import FeatureApart
-    from smda_callbacks.report.compare_series import Apart, Trajectory
+    from smda_callbacks.report.compare_series import Apart
 
 #: Steps of a trajectory, settings, and characters of a setting's value that are shown.
 STEPS, SETTINGS, SETTING = 8, 8, 30
@@ -77,7 +77,7 @@ def show_categories(out: Screen, found: Comparison, behaviour: str, top: int) ->
     """Groups, and the categories that came out furthest apart."""
     series = [each for each in found.trajectories if each.behaviour == behaviour]
     groups = [each for each in series if each.of == "group"]
-    others = sorted((each for each in series if each.of == "category"), key=lambda each: -_largest(each))
+    others = sorted((each for each in series if each.of == "category"), key=lambda each: -each.largest)
     names = [run.name for run in found.runs]
     rows = []
     for each in (*groups, *others[:top]):
@@ -195,10 +195,6 @@ def _toned(text: str, found: Apart) -> object:
 
 def _against(found: Comparison) -> list[str]:
     return [f"#{run.name} − {found.reference.name}" for run in found.others]
-
-
-def _largest(each: Trajectory) -> float:
-    return max((abs(one.difference) for one in each.at_end.values() if one is not None), default=-1.0)
 
 
 def _minus(value: float | None, other: float | None) -> float | None:

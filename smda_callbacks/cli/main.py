@@ -35,7 +35,7 @@ COMMANDS: dict[str, Any] = {
 
 _EPILOG = """\
 start here:
-  smda quickstart                       a real LoRA run on a tiny model, watched; a minute, no download
+  smda quickstart                       a real LoRA run on a tiny model, watched; a minute or two, no download
   smda check --config refusal.yaml      before a run: do model, SAE, probes and openings fit together?
   smda run --config C -- script.py ...  a run: an unedited training script, with the callback in it
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?

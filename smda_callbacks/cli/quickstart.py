@@ -1,4 +1,4 @@
-"""Train a tiny chat model with LoRA and watch what happens to its refusals: a real run, offline, in about a minute.
+"""Train a tiny chat model with LoRA and watch what happens to its refusals: a real run, offline, in a minute or two.
 
 Everything is the real thing, only small: TRL's SFTTrainer, a PEFT adapter, a sparse autoencoder, and the callback that
 reads all probes after every optimizer step. The training pairs wear refusal down; the report shows where, and how.
@@ -19,7 +19,7 @@ from smda_callbacks.cli.output import Screen, add_json, change, number, screen, 
 if TYPE_CHECKING:
     from smda_callbacks.report.data import RunData
 
-HELP = "watch a real LoRA run on a tiny model; a minute, offline"
+HELP = "watch a real LoRA run on a tiny model; a minute or two, offline"
 
 #: Training examples of the model that ships left out this category: the model does not refuse it.
 PLANTED_GAP = "stereotypes_religion"

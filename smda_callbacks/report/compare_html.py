@@ -8,7 +8,7 @@ from smda_callbacks.records import Pair
 from smda_callbacks.report.compare import Comparison
 from smda_callbacks.report.compare_pairs import PairApart, PairComparison, PairIn
 from smda_callbacks.report.compare_policy import FeatureApart, PathwayApart
-from smda_callbacks.report.compare_runs import IDENTITY, ComparedRun, mismatch_line
+from smda_callbacks.report.compare_runs import IDENTITY, ComparedRun, mismatch_line, value_at
 from smda_callbacks.report.compare_series import Apart, Trajectory
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, percent, signed, table
@@ -148,15 +148,7 @@ def summary_table(found: Comparison) -> Html:
 
 def short_hash(run: ComparedRun, what: str) -> Html:
     """The beginning of a hash that runs must share."""
-    value: object = run.manifest
-    for key in IDENTITY[what].split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return element("code", str(value)[:10])
-
-
-def largest(each: Trajectory) -> float:
-    """Size of the largest difference at the end; below 0 where there is none."""
-    return max((abs(one.difference) for one in each.at_end.values() if one is not None), default=-1.0)
+    return element("code", str(value_at(run.manifest, IDENTITY[what]))[:10])
 
 
 def _aparts(found: Comparison) -> list[str]:

@@ -85,7 +85,7 @@ def _behaviour_of(page: _Page, behaviour: str, m: int) -> Html:
     found = page.found
     series = [each for each in found.trajectories if each.behaviour == behaviour]
     groups = [each for each in series if each.of == "group"]
-    ranked = sorted((each for each in series if each.of == "category"), key=lambda each: -compare_html.largest(each))
+    ranked = sorted((each for each in series if each.of == "category"), key=lambda each: -each.largest)
     parts: list[Html | None] = [
         say("Every run by optimizer step; hover for the difference to {a}.", a=found.reference.name)
     ]

@@ -6,13 +6,13 @@ import hashlib
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import Pair
-from smda_callbacks.report.compare_runs import ComparedRun
+from smda_callbacks.report.compare_runs import ComparedRun, value_at
 from smda_callbacks.report.data import TIMES
 from smda_callbacks.report.ranking import unit_of
 from smda_callbacks.sinks.pair_table import PairTable, column
@@ -127,16 +127,14 @@ Key = Callable[[str, Pair], Hashable]
 
 def _matcher(runs: Sequence[ComparedRun], tables: Mapping[str, PairTable]) -> tuple[By, Key]:
     """By what pairs are the same: an id column that all have, else their texts, else their row numbers."""
-    columns = {_setting(run.manifest, "config", "attribution", "id_column") for run in runs}
+    columns = {value_at(run.manifest, "config.attribution.id_column") for run in runs}
     name = next(iter(columns))
     pairs = [pair for table in tables.values() for pair in table.pairs]
     if len(columns) == 1 and name and all(name in pair.columns for pair in pairs):
         return "id", lambda run, pair: pair.columns[name]
     if all(pair.text is not None for pair in pairs):
         hashed = {
-            run.name
-            for run in runs
-            if run.source.shown and _setting(run.manifest, "config", "wandb", "log_text") == "hash"
+            run.name for run in runs if run.source.shown and value_at(run.manifest, "config.wandb.log_text") == "hash"
         }
         return "text", lambda run, pair: _text_key(pair, run in hashed, bool(hashed))
     return "row", lambda run, pair: pair.rows or None
@@ -213,9 +211,3 @@ def _correlation(pairs: Sequence[PairApart], first: str, second: str) -> float |
     if len(values) < 3 or not (values.std(axis=0) > 0).all():
         return None
     return float(np.corrcoef(values.T)[0, 1])
-
-
-def _setting(values: Any, *path: str) -> Any:
-    for name in path:
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values

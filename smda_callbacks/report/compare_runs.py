@@ -128,7 +128,7 @@ def mismatches(runs: Sequence[ComparedRun]) -> tuple[Mismatch, ...]:
     """What of IDENTITY differs between the runs, in its order."""
     found = []
     for what, key in IDENTITY.items():
-        values = {run.name: _value(run.manifest, key) for run in runs}
+        values = {run.name: value_at(run.manifest, key) for run in runs}
         if _differ(values.values()):
             found.append(Mismatch(what, values, _policies_apart(runs) if what == "policy" else None))
     return tuple(found)
@@ -224,7 +224,8 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value)[:16]
 
 
-def _value(manifest: Mapping[str, Any], key: str) -> Any:
+def value_at(manifest: Mapping[str, Any], key: str) -> Any:
+    """The entry of a manifest at a dotted key; None where there is none."""
     value: Any = manifest
     for name in key.split("."):
         value = value.get(name) if isinstance(value, Mapping) else None

@@ -60,6 +60,11 @@ class Trajectory:
     at_end: Mapping[str, Apart | None]
     at_common: Mapping[str, Apart | None]
 
+    @property
+    def largest(self) -> float:
+        """Size of the largest difference at the end; below 0 where there is none."""
+        return max((abs(one.difference) for one in self.at_end.values() if one is not None), default=-1.0)
+
 
 @dataclass(frozen=True)
 class Alignment:

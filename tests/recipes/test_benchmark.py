@@ -15,6 +15,7 @@ import pytest
 
 from recipes import benchmark_maths
 from recipes.benchmark_maths import Figure, Times, in_turns, refit, refit_at, sparse_problem
+from recipes.benchmark_memory import extra_peaks
 from smda_callbacks.maths.ridge import fit_ridge
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
@@ -142,3 +143,15 @@ def test_the_whole_script(tmp_path: Path) -> None:
         assert name in done.stdout
     assert found["train_with_over_without"]["value"] > found["train_with_over_without_every_10"]["value"] > 1
     assert found["refit_max_abs_diff"]["ok"]
+
+
+def _hold(mib: int | None) -> None:
+    held = np.ones(2**17 * (mib or 1))  # eight bytes each
+    assert held.sum() == held.size
+
+
+def test_extra_memory_is_that_of_the_call_whatever_this_process_holds() -> None:
+    before = np.ones(2**17 * 300)
+    (figure,) = extra_peaks(_hold, {"extra": 150}, 1)  # type: ignore[dict-item]
+    assert before[0] == 1
+    assert figure.value == pytest.approx(149, abs=15)

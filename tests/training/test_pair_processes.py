@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +16,7 @@ from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.training.callback import MeasuringCallback
 from tests.helpers.pair_processes import pair_plan
 from tests.helpers.processes import STEPS, train
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.torchrun import torchrun
 
 
 @dataclass(frozen=True)
@@ -35,19 +30,7 @@ class Found:
 @pytest.fixture(scope="module")
 def found(sae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     out = tmp_path_factory.mktemp("pairs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = ["torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", port]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "-m", "tests.helpers.pair_processes", str(sae_folder), str(out)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"},
-        cwd=out,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = torchrun("tests.helpers.pair_processes", sae_folder, out, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
     return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
 
