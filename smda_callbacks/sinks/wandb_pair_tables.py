@@ -33,7 +33,7 @@ def effects_table(start: RunStart, progress: Progress, log_text: LogText) -> Tab
 
 
 def shares_table(start: RunStart, progress: Progress, log_text: LogText) -> Table:
-    """The pairs with the largest shares of its measured change, likewise."""
+    """The pairs with the largest shares of its measured change, likewise; a last row sums up the rest, if any."""
     return _table(start, progress, "share", log_text)
 
 
@@ -52,11 +52,12 @@ def effect_bars(start: RunStart, progress: Progress) -> Table:
 
 def _table(start: RunStart, progress: Progress, quantity: str, log_text: LogText) -> Table:
     numbers = ("effect", "floor") if quantity == "effect" else ("share",)
-    found = _ranked(start, progress, quantity, MAX_PAIRS)
+    found = _ranked(start, progress, quantity, None)
     if found is None:
         return Table((*_HEAD, *numbers, *_TAIL, *TEXT_COLUMN[log_text]), ())
     table, place, order = found
-    pairs = {row: shown_pair(table.pairs[row], log_text) for row in order}
+    rest = order[MAX_PAIRS:]
+    pairs = {row: shown_pair(table.pairs[row], log_text) for row in order[:MAX_PAIRS]}
     names = tuple(dict.fromkeys(name for pair in pairs.values() for name in pair.columns))
     rows = []
     for row, pair in pairs.items():
@@ -64,11 +65,17 @@ def _table(start: RunStart, progress: Progress, quantity: str, log_text: LogText
         known = (pair.id, ", ".join(map(str, pair.rows)), pair.level, pair.tokens)
         text = (pair.text,) if TEXT_COLUMN[log_text] else ()
         rows.append((*known, *map(pair.columns.get, names), *values, *_judged(table, row, place), *text))
+    if rest and quantity == "share":  # effects of pairs do not add up
+        head = (None, "", f"rest: {len(rest)} pairs", None, *(None for _ in names))
+        tail = (None,) * (len(_TAIL) + len(TEXT_COLUMN[log_text]))
+        rows.append((*head, finite(table.share[rest, place].sum()), *tail))
     columns = (f"column_{name}" for name in names)
     return Table((*_HEAD, *columns, *numbers, *_TAIL, *TEXT_COLUMN[log_text]), tuple(rows))
 
 
-def _ranked(start: RunStart, progress: Progress, quantity: str, most: int) -> tuple[PairTable, int, list[int]] | None:
+def _ranked(
+    start: RunStart, progress: Progress, quantity: str, most: int | None
+) -> tuple[PairTable, int, list[int]] | None:
     """The run's pairs, the position of the functional, and rows by the size of ``quantity``, largest first."""
     table, name = progress.pair_table, harmful(start.policy.behaviours[0])
     if table is None or name not in table.functionals:

@@ -221,6 +221,12 @@ def test_tables_are_bounded_and_take_the_largest() -> None:
     found = effects_table(run.start, progress, "none")
     assert [abs(row["effect"]) for row in as_dicts(found)] == pytest.approx(sizes[:MAX_PAIRS].tolist())
     assert len(effect_bars(run.start, progress).data) == MAX_BARS
+    shares = table.share[table.known][:, table.functionals.index("refusal:harmful")]
+    *largest, rest = as_dicts(shares_table(run.start, progress, "hash"))
+    assert len(largest) == MAX_PAIRS
+    assert rest["level"] == f"rest: {len(shares) - MAX_PAIRS} pairs"
+    assert rest["share"] == pytest.approx(shares.sum() - sum(row["share"] for row in largest))
+    assert {rest[name] for name in ("pair", "flagged", "text_sha256")} == {None}
 
 
 def test_before_the_first_book_tables_are_empty(run: Run) -> None:
