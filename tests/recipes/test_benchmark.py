@@ -150,6 +150,7 @@ def _hold(mib: int | None) -> None:
     assert held.sum() == held.size
 
 
+@pytest.mark.slow
 def test_extra_memory_is_that_of_the_call_whatever_this_process_holds() -> None:
     before = np.ones(2**17 * 300)
     (figure,) = extra_peaks(_hold, {"extra": 150}, 1)  # type: ignore[dict-item]
