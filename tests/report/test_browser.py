@@ -27,7 +27,7 @@ def shown(page: Path, profile: Path) -> tuple[str, str]:
     """The page's elements after its scripts have run in a window that shows all of it, and the browser's messages."""
     assert CHROMIUM is not None
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--enable-logging=stderr"]
-    window = ["--virtual-time-budget=30000", "--window-size=1366,40000", "--dump-dom", page.as_uri()]
+    window = ["--virtual-time-budget=10000", "--window-size=1366,20000", "--dump-dom", page.as_uri()]
     done = subprocess.run([CHROMIUM, *options, *window], capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, done.stderr
 
@@ -41,7 +41,7 @@ def comparison(folder: Path) -> Path:
     return write_comparison(found, folder / "compare.html")
 
 
-@pytest.mark.parametrize("make", [report, comparison])
+@pytest.mark.parametrize("make", [report, pytest.param(comparison, marks=pytest.mark.slow)])
 def test_every_figure_is_drawn_with_data(make: Callable[[Path], Path], tmp_path: Path) -> None:
     page = make(tmp_path)
     text, messages = shown(page, tmp_path / "profile")
