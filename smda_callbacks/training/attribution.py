@@ -29,10 +29,11 @@ from smda_callbacks.maths.pathways import State
 from smda_callbacks.observe.features import pool
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite
+from smda_callbacks.observe.optimizer_rules import Moments
 from smda_callbacks.observe.pair_gradients import PairCapture
 from smda_callbacks.observe.pair_team import TeamCapture
 from smda_callbacks.observe.reading import Reading, is_out_of_memory
-from smda_callbacks.observe.updates import Moments, moments_before, site_updates
+from smda_callbacks.observe.updates import moments_before, site_updates
 from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.exact import Exact

@@ -156,7 +156,10 @@ class Ghost:
         for age, past in enumerate(reversed(self._past), start=1):
             faded = [site.rule.faded(age) for site in step.sites]  # groups of parameters may have rules of their own
             share = past.sites[0].clip * _dot([site.rows for site in past.sites], slopes, faded)
-            acting = (effects(then, age) for effects, then in zip(effects_of, past.sites, strict=True))
+            acting = (
+                effects(then.missing(), then.gradient, age)
+                for effects, then in zip(effects_of, past.sites, strict=True)
+            )
             found.append(Entries(past.ids, share, *self._effects(acting, end)))
         return tuple(found)
 

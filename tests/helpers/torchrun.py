@@ -6,9 +6,28 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the processes left: their notes by rank, and a folder with the stores."""
+
+    notes: tuple[dict[str, Any], ...]
+    out: Path
+
+
+def found_by(module: str, sae: Path, out: Path) -> Found:
+    """Run ``python -m MODULE SAE OUT`` twice, and read the notes that it leaves as ``OUT/<rank>.pt``."""
+    done = torchrun(module, sae, out, cwd=out)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
 
 
 def torchrun(module: str, *given: object, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,23 +14,12 @@ from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.training.callback import MeasuringCallback
 from tests.helpers.pair_processes import pair_plan
 from tests.helpers.processes import STEPS, train
-from tests.helpers.torchrun import torchrun
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the processes left: their notes by rank, and a folder with the stores."""
-
-    notes: tuple[dict[str, Any], ...]
-    out: Path
+from tests.helpers.torchrun import Found, found_by
 
 
 @pytest.fixture(scope="module")
 def found(sae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    out = tmp_path_factory.mktemp("pairs")
-    done = torchrun("tests.helpers.pair_processes", sae_folder, out, cwd=out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
+    return found_by("tests.helpers.pair_processes", sae_folder, tmp_path_factory.mktemp("pairs"))
 
 
 def test_training_is_bit_for_bit_the_one_without(found: Found) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,23 +19,12 @@ from smda_callbacks.training.callback import MeasuringCallback
 from tests.helpers.equal import assert_same
 from tests.helpers.processes import STEPS, make_plan, train
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
-from tests.helpers.torchrun import torchrun
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the processes left: their notes by rank, and a folder with the stores."""
-
-    notes: tuple[dict[str, Any], ...]
-    out: Path
+from tests.helpers.torchrun import Found, found_by
 
 
 @pytest.fixture(scope="module")
 def found(sae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    out = tmp_path_factory.mktemp("processes")
-    done = torchrun("tests.helpers.processes", sae_folder, out, cwd=out)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
+    return found_by("tests.helpers.processes", sae_folder, tmp_path_factory.mktemp("processes"))
 
 
 def assert_equal(first: Sequence[Sequence[torch.Tensor]], second: Sequence[Sequence[torch.Tensor]]) -> None:
