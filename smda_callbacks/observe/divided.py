@@ -1,4 +1,5 @@
-"""Models whose weights FSDP2 divides over processes: every process holds a part, and a forward pass gathers the rest.
+"""Models whose weights are divided over processes, by FSDP2 or by DeepSpeed's ZeRO-3: every process holds a part, and a
+forward pass gathers the rest.
 
 So a forward pass is something that all processes do at the same time, as often as each other. What looks at a weight
 puts it together, which is such an act too; what moves weights moves each process's own part, alike everywhere.
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from smda_callbacks.observe.zero3 import gathered, is_zero3, own_piece_of, zero3_fault
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -57,7 +60,7 @@ class InStep:
 
 def is_part(tensor: Tensor) -> bool:
     """Whether ``tensor`` is this process's part of a larger one."""
-    return hasattr(tensor, "placements")
+    return hasattr(tensor, "placements") or is_zero3(tensor)
 
 
 def is_divided(model: nn.Module) -> bool:
@@ -69,16 +72,20 @@ def division_fault(model: nn.Module) -> str | None:
     """How the weights of ``model`` are divided, where it is in a way that cannot be read; None where it can."""
     if any(type(module).__name__.endswith("FullyShardedDataParallel") for module in model.modules()):
         return "FSDP1 keeps the model's weights in flat pieces"
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        return "DeepSpeed ZeRO-3 keeps the model's weights where only it finds them"
     divided = [(name, parameter) for name, parameter in model.named_parameters() if is_part(parameter)]
-    if not divided:
-        return None
+    if not divided or any(is_zero3(parameter) for _, parameter in divided):
+        return zero3_fault(divided)
     sharded = any(map(_is_unit, model.modules()))
     for name, parameter in divided:
         if not sharded or not _over_all_processes(parameter):
             return f"{name} and others are divided over processes as tensor or expert parallelism does"
     return None
+
+
+def shape_of(tensor: Any) -> torch.Size:
+    """The shape of the whole tensor."""
+    shape: torch.Size = tensor.ds_shape if is_zero3(tensor) else tensor.shape
+    return shape
 
 
 def _is_unit(module: nn.Module) -> bool:
@@ -95,7 +102,7 @@ def _over_all_processes(parameter: Any) -> bool:
 def device_of(model: nn.Module) -> torch.device:
     """Where ``model`` computes: its weights may lie on the CPU meanwhile (FSDP2 with CPU offload)."""
     first: Any = next(model.parameters())
-    kind = first.device_mesh.device_type if is_part(first) else first.device.type
+    kind = first.device_mesh.device_type if hasattr(first, "device_mesh") else first.device.type
     if kind == first.device.type:
         return torch.device(first.device)
     return torch.device(kind, torch.get_device_module(kind).current_device())
@@ -107,6 +114,8 @@ def put_together(tensor: Any) -> Tensor:
         found: Tensor = tensor
         return found
     with torch.no_grad(), unbroken("putting a weight together"):
+        if is_zero3(tensor):
+            return gathered(tensor)
         whole: Tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
         return whole
 
@@ -114,12 +123,17 @@ def put_together(tensor: Any) -> Tensor:
 @torch.no_grad()
 def own_part(tensor: Any) -> Tensor:
     """What this process holds of ``tensor``, in the same memory."""
+    if is_zero3(tensor):
+        piece: Tensor = tensor.ds_tensor
+        return piece
     part: Tensor = tensor.to_local() if is_part(tensor) else tensor
     return part
 
 
 def part_like(whole: Tensor, tensor: Any) -> Tensor:
     """The part of ``whole``, which is the same on every process, that this process holds of ``tensor``; no messages."""
+    if is_zero3(tensor):
+        return own_piece_of(whole, tensor)
     if not is_part(tensor):
         return whole
     mesh = tensor.device_mesh

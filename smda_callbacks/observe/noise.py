@@ -11,11 +11,12 @@ from torch import nn
 
 from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.uncertainty import rms_floor
-from smda_callbacks.observe.divided import own_part, part_like
+from smda_callbacks.observe.divided import own_part, part_like, shape_of
 from smda_callbacks.observe.guard import weights_restored
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.reading import Reading
 from smda_callbacks.observe.sharding import Move, Team, whole_weights
+from smda_callbacks.observe.zero3 import let_go
 from smda_callbacks.records import Array, NoiseFloor, PolicyRecord, Snapshot
 
 #: Size of the second perturbation, relative to the first: small enough that only rounding is left.
@@ -69,15 +70,17 @@ class RandomMoves:
             for parameter in self._parameters:
                 self._signs(parameter)
         parts = [own_part(parameter) for parameter in self._parameters]
-        with weights_restored(parts), torch.no_grad():
+        with contextlib.ExitStack() as restored, weights_restored(parts), torch.no_grad():
             for part, parameter in zip(parts, self._parameters, strict=True):
                 signs = part_like(self._signs(parameter), parameter)
                 part.add_(signs.to(part.device, part.dtype), alpha=move.size)
             self._next = (move.seed, move.draw + 1)
+            let_go(self._parameters)  # also once they are back: what a pass gathers meanwhile has moved
+            restored.callback(let_go, self._parameters)
             yield
 
     def _signs(self, parameter: nn.Parameter) -> torch.Tensor:
-        return torch.randint(0, 2, parameter.shape, generator=self._generator) * 2 - 1
+        return torch.randint(0, 2, shape_of(parameter), generator=self._generator) * 2 - 1
 
 
 class UpdateMeter:

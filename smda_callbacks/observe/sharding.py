@@ -9,8 +9,8 @@ they could not. Nobody waits for a process that failed, and nobody has to know w
 All processes make the same batches, so a batch is the same tensor whoever reads it, and a reading is bit for bit that
 of one process. Objects travel over a group of processes of their own on the CPU: training's own are left alone.
 
-Where FSDP2 divides the model over the processes, forward passes are made in step: before each, every process says
-whether it can go on, and all leave the reading where one cannot. Only within a pass nobody can be told.
+Where FSDP2 or ZeRO-3 divides the model over the processes, forward passes are made in step: before each, every process
+says whether it can go on, and all leave the reading where one cannot. Only within a pass nobody can be told.
 """
 
 from __future__ import annotations
@@ -170,11 +170,11 @@ def whole_weights(
     The first process calls it, and the others help. ``keep`` must not return a view: it would hold on to the whole.
     """
     if team is None or not any(map(is_part, wanted)):
-        return [keep(put_together(each.detach())) for each in wanted]
+        return [keep(put_together(each).detach()) for each in wanted]
     numbers = {id(each): name for name, each in model.named_parameters(remove_duplicate=False)}
     team.tell(Command("weights", names=tuple(numbers[id(each)] for each in wanted)))
     with unbroken("putting weights together"):
-        return [keep(put_together(each.detach())) for each in wanted]
+        return [keep(put_together(each).detach()) for each in wanted]
 
 
 def help_with_weights(model: nn.Module, names: Sequence[str]) -> None:

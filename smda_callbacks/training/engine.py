@@ -127,7 +127,10 @@ def check_training(args: Any, columns: Any) -> None:
         "several devices in one process (DataParallel) split a batch behind our back": lambda: (
             getattr(args, "n_gpu", 1) > 1
         ),
-        "DeepSpeed steps inside the backward pass": lambda: bool(getattr(args, "deepspeed", None)),
+        # accelerate's own configuration is in the second alone
+        "DeepSpeed steps inside the backward pass": lambda: any(
+            getattr(args, name, None) for name in ("deepspeed", "deepspeed_plugin")
+        ),
         f"the data set has the columns {columns}{_kind(columns)} and no input_ids, so a step's pairs cannot be "
         "recognised": lambda: columns is not None and "input_ids" not in columns,
     }

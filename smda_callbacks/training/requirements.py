@@ -14,7 +14,7 @@ class AdapterError(ValueError):
 
 
 def require_whole_model(model: nn.Module) -> None:
-    """Refuse, on every process, a model that is divided over processes in another way than FSDP2's.
+    """Refuse, on every process, a model that is divided over processes otherwise than FSDP2 and ZeRO-3 do it.
 
     Raises:
         AdapterError: names the way.
@@ -23,7 +23,8 @@ def require_whole_model(model: nn.Module) -> None:
     if fault is not None:
         raise AdapterError(
             f"{fault}; readings are not made for that. Allowed: one process, DDP, FSDP2 (fsdp_config with version: 2), "
-            "ZeRO-1 and ZeRO-2. Next step: use one of these, or train without the callback."
+            "DeepSpeed ZeRO-1, ZeRO-2, and ZeRO-3 that divides every weight over all processes and keeps the parts in "
+            "memory. Next step: use one of these, or train without the callback."
         )
 
 
