@@ -3,8 +3,7 @@
     python recipes/benchmark_overhead.py --json overhead.json
     python recipes/benchmark_overhead.py --json overhead.json --model my-org/my-chat-model --sae my-sae --device cuda
 
-* ``callback_over_probe_forward``: one whole measurement (reading, SAE, books, health, alerts; the sink is memory) over
-  a bare forward pass of the same padded tokens: no mask, no hook, no score. ``..._cpu``: the same in processor time.
+* ``callback_over_probe_forward`` and its variants, one per saving: see recipes/benchmark_savings.py.
 * ``train_with_over_without``: a whole training run (TRL, LoRA) with the callback over the same run without it, by the
   trainer's own ``train_runtime``, the start of the watch and the run store included. It measures after every step;
   ``..._every_10`` after every tenth, ``..._no_pairs`` attributes nothing to pairs. A small model on short pairs pays
@@ -42,9 +41,10 @@ from peft import get_peft_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a file, too
 
-from recipes.benchmark_maths import HEADER, Figure, in_turns, refit
+from recipes.benchmark_maths import HEADER, Figure, refit
 from recipes.benchmark_memory import extra_peaks
 from recipes.benchmark_pairs import Step, capture, ghost
+from recipes.benchmark_savings import measurements
 from recipes.benchmark_training import (
     NO_PAIRS,
     Options,
@@ -69,45 +69,7 @@ from smda_callbacks.training.monitor import Monitor
 PACKAGES = ("torch", "transformers", "trl", "peft", "sae-lens", "numpy", "scikit-learn")
 
 
-# 1. A measurement over a forward pass of the same tokens --------------------------------------------------------------
-
-
-def measurement(options: Options) -> Iterator[Figure]:
-    """One measurement of the callback over a bare pass."""
-    model, tokenizer = load(options)
-    adapted: Any = get_peft_model(model, lora())
-    plan = replace(
-        build_plan(settings(options)),
-        make_sinks=lambda _: (MemorySink(),),
-        noise_draws=0,
-        on_error="raise",
-        attribution=AttributionOptions(engine="off"),
-    )
-    monitor = Monitor(
-        plan, adapted.eval(), Trainer(training_arguments(options, "unused"), None, None, tokenizer), 0, 1e-3
-    )
-    batches = monitor.instrument.batches
-    inputs, nodes = [batch.input_ids.to(options.device) for batch in batches.batches], len(batches.tree.tokens)
-    steps = iter(range(1, options.repeats + 2))
-
-    def measure() -> None:
-        with torch.no_grad():
-            for parameter in trained_parameters(adapted):  # as training does: every window sees other weights
-                parameter.add_(torch.randn_like(parameter), alpha=1e-4)
-        step = next(steps)
-        monitor.measure(adapted, step, step, (), {})
-
-    @torch.no_grad()
-    def forward() -> None:
-        for rows in inputs:
-            adapted(input_ids=rows, logits_to_keep=nodes, use_cache=False)
-
-    turns = in_turns(measure, forward, options.repeats, options.device)
-    yield Figure("callback_over_probe_forward", [a.wall / b.wall for a, b in turns], "<= 1.15")
-    yield Figure("callback_over_probe_forward_cpu", [a.cpu / b.cpu for a, b in turns], "<= 1.15")
-
-
-# 2. Attribution to pairs ----------------------------------------------------------------------------------------------
+# 1. Attribution to pairs ----------------------------------------------------------------------------------------------
 
 
 def pairs(options: Options) -> Iterator[Figure]:
@@ -128,10 +90,10 @@ def pairs(options: Options) -> Iterator[Figure]:
     yield from ghost(adapted, monitor, plain, Step(adapted, batch), options.repeats, options.device)
 
 
-def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Dataset]:
-    """Eight pairs as the trainer would batch them, and the data set as it would be prepared."""
+def first_batch(options: Options, tokenizer: Any, pairs: int = 8) -> tuple[dict[str, Any], Dataset]:
+    """The first pairs as the trainer would batch them, and the data set as it would be prepared."""
     rows = []
-    for pair in read_pairs(options.pairs).select(range(8)):
+    for pair in read_pairs(options.pairs).select(range(pairs)):
         prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
         whole = tokenizer.apply_chat_template([*pair["prompt"], *pair["completion"]], return_dict=False)
         rows.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
@@ -145,7 +107,7 @@ def first_batch(options: Options, tokenizer: Any) -> tuple[dict[str, Any], Datas
     return batch, Dataset.from_list(rows)
 
 
-# 3. Memory -----------------------------------------------------------------------------------------------------------
+# 2. Memory -----------------------------------------------------------------------------------------------------------
 
 
 def memory(options: Options) -> Iterator[Figure]:
@@ -196,7 +158,7 @@ def main() -> None:
     options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
     print(HEADER)
     figures = []
-    parts = (measurement(options), pairs(options), training(options), memory(options), refit(options.repeats))
+    parts = (measurements(options), pairs(options), training(options), memory(options), refit(options.repeats))
     for figure in chain(*parts):
         figures.append(figure)
         print(figure, flush=True)

@@ -24,7 +24,7 @@ from smda_callbacks.observe.guard import measuring
 from smda_callbacks.observe.lora import lora_sites
 from smda_callbacks.observe.noise import trained_parameters
 from smda_callbacks.observe.pair_gradients import PairCapture
-from smda_callbacks.observe.reading import tree_pass
+from smda_callbacks.observe.passes import tree_pass
 from smda_callbacks.training.monitor import Monitor
 
 MAX_NORM = 1.0

@@ -55,6 +55,12 @@ class ProbeBatches:
     tree: PrefixTree
     n_probes: int
     n_tokens: int  # real tokens: prompts and tree nodes, without padding
+    shared: int = 0  # length of the start that all prompts share
+
+    @property
+    def padding(self) -> float:
+        """Share of the columns that hold no token."""
+        return 1.0 - self.n_tokens / sum(batch.input_ids.numel() for batch in self.batches)
 
 
 def chat_prompt(
@@ -151,7 +157,7 @@ def make_batches(ids: Sequence[Sequence[int]], tree: PrefixTree, *, batch_size: 
         for at in range(0, len(order), batch_size)
     )
     tokens = sum(map(len, ids)) + len(ids) * (len(tree.tokens) - 1)
-    return ProbeBatches(batches, tree, len(ids), tokens)
+    return ProbeBatches(batches, tree, len(ids), tokens, shared)
 
 
 def _batch(rows: list[int], ids: Sequence[Sequence[int]], tree: PrefixTree, shared: int, pad: int) -> ProbeBatch:

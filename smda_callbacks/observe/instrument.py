@@ -7,7 +7,7 @@ only by the weights of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -29,9 +29,20 @@ from smda_callbacks.observe.features import READOUTS, Encoder, Readout, encoder
 from smda_callbacks.observe.preference import preference_tree, scores_texts
 from smda_callbacks.observe.prefixes import PrefixError, PrefixTree, build_tree, check_prefix_free
 from smda_callbacks.observe.probes import ProbeSet
-from smda_callbacks.observe.reading import Part, Reading, Visitor, assemble, read, read_parts, tree_in_one_pass
+from smda_callbacks.observe.reading import (
+    Part,
+    Reading,
+    Visitor,
+    assemble,
+    begin_saving,
+    read,
+    read_parts,
+    tree_in_one_pass,
+)
 from smda_callbacks.observe.sae import SAEHandle, check_fit
+from smda_callbacks.observe.savings import Saving, SavingOptions
 from smda_callbacks.observe.sharding import Command, Move, Team
+from smda_callbacks.observe.trials import Savings
 from smda_callbacks.records import Array, Snapshot
 
 Target = Literal["probability", "logit"]
@@ -43,6 +54,7 @@ class Instrument:
     """Reads one model: fixed probes, batches, SAE, scorers, read-out and encoded features.
 
     ``team``: the processes that share its readings, None for one alone; ``command``: what it tells them to read.
+    ``savings``: kept from reading to reading, and by all instruments that were made of this one.
     """
 
     handle: SAEHandle
@@ -54,6 +66,7 @@ class Instrument:
     encode: Encoder
     team: Team | None = None
     command: Command = Command("read")
+    savings: Savings = field(default_factory=Savings)
 
     @property
     def behaviours(self) -> tuple[str, ...]:
@@ -73,7 +86,15 @@ class Instrument:
         if self.team is not None and visit is None:
             parts = self.team.read(self.command, lambda: self.read_share(model), divided=is_divided(model))
             return assemble(parts, self.batches)
-        return read(model, self.batches, self.handle.site, self.encode, readout=self.readout, visit=visit)
+        return read(
+            model,
+            self.batches,
+            self.handle.site,
+            self.encode,
+            readout=self.readout,
+            visit=visit,
+            savings=self.savings,
+        )
 
     def read_share(self, model: nn.Module) -> list[Part]:
         """This process's part of a reading."""
@@ -81,8 +102,19 @@ class Instrument:
         wanted = batches if team is None else team.share(batches)
         in_step = team.in_step(len(batches)) if team is not None and is_divided(model) else None
         return read_parts(
-            model, self.batches, wanted, self.handle.site, self.encode, readout=self.readout, in_step=in_step
+            model,
+            self.batches,
+            wanted,
+            self.handle.site,
+            self.encode,
+            readout=self.readout,
+            in_step=in_step,
+            savings=self.savings,
         )
+
+    def saving(self, model: nn.Module, *, gradients: bool) -> Saving:
+        """What a pass over the probes may leave out now."""
+        return begin_saving(self.savings, model, self.batches, self.handle.site, self.readout, gradients=gradients)
 
     def snapshot(self, step: int, reading: Reading) -> Snapshot:
         """(X, Y) of a reading as float64 numpy arrays."""
@@ -125,6 +157,7 @@ def build_instrument(
     system: str | None = None,
     template: Mapping[str, Any] | None = None,
     allow_model_mismatch: bool = False,
+    savings: SavingOptions | None = None,
 ) -> Instrument:
     """Check that model, SAE, tokenizer, probes and openings fit together, and make the instrument that reads them.
 
@@ -132,6 +165,7 @@ def build_instrument(
         contrast: lists of openings that are not scored but must be told apart from the scored ones (compliance).
         system: a system prompt put before every probe; template: extra arguments of the chat template, for example
             ``{"enable_thinking": False}``.
+        savings: what readings need not compute again, or at all; None: the defaults.
 
     Raises:
         SAEError, HookError, ProbeError, PrefixError, ValueError: each says what does not fit and what to do.
@@ -162,7 +196,9 @@ def build_instrument(
     )
     batches = make_batches(ids, tree, batch_size=batch_size, pad=tokenizer.pad_token_id or 0)
     handle = handle.to(device_of(model))
-    return Instrument(handle, probes, batches, tuple(scorers), target, readout, encoder(handle))
+    return Instrument(
+        handle, probes, batches, tuple(scorers), target, readout, encoder(handle), savings=Savings(savings)
+    )
 
 
 def _tree(

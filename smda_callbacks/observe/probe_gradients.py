@@ -7,25 +7,23 @@ activations need a backward pass each, from the SAE's hook downwards only.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smda_callbacks.maths.functionals import FunctionalSet, slopes
+from smda_callbacks.maths.functionals import FunctionalSet, Slopes, slopes
 from smda_callbacks.maths.local_slopes import basis_size, local_slopes, mixing
 from smda_callbacks.maths.pathways import State
-from smda_callbacks.observe.activations import HookSite, captured, decoder_layers
 from smda_callbacks.observe.batches import ProbeBatch
 from smda_callbacks.observe.behaviour import score, score_slopes
-from smda_callbacks.observe.features import Readout, pool
+from smda_callbacks.observe.features import pool
 from smda_callbacks.observe.guard import measuring
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.lora import AttributionError, LoraSite, per_row, tapped
-from smda_callbacks.observe.reading import Reading, masks, opening_log_probs, tree_in_one_pass
+from smda_callbacks.observe.passes import prompt_pass
+from smda_callbacks.observe.reading import Reading, opening_log_probs, tree_in_one_pass
 from smda_callbacks.records import Array
 
 #: Per site the gradient of every functional, ``[functional, out * in]``.
@@ -101,6 +99,32 @@ def gradient_reading(
     return reading, tuple(found)
 
 
+def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], slopes: Slopes) -> Gradients:
+    """Gradients by the trained weights of targets whose ``slopes`` at the model as it is are known.
+
+    Leaves no trace in the model. Per site ``[target, out * in]`` float32 (float64 for such a model).
+    """
+    found = [_zeros(site.weight, len(slopes.y)) for site in sites]
+    weights = torch.zeros(0)
+
+    def add(number: int, seen: Tensor, gradient: Tensor) -> None:
+        found[number].addmm_(weights.to(found[number]), per_row(seen, gradient))
+
+    def visit(batch: ProbeBatch, pre: Tensor, gate: Tensor, edges: Tensor) -> None:
+        nonlocal weights
+        _, scores = _scores(instrument, edges)
+        for m, each in enumerate(scores):
+            weights = torch.from_numpy(np.ascontiguousarray(slopes.y[:, batch.index.cpu().numpy(), m])).to(found[0])
+            reached = tuple(sites[number] for number in tap.lowest) or sites
+            _backward(each.sum(), reached, keep=m + 1 < len(scores))
+
+    with tapped(sites, add) as tap:
+        instrument.read(model, visit)
+    moving = np.flatnonzero(np.abs(slopes.pre).sum(axis=(1, 2)) > 0).tolist()
+    _add_features(instrument, model, sites, slopes.pre, moving, found)
+    return tuple(found)
+
+
 def _scores(instrument: Instrument, edges: Tensor) -> tuple[Array, list[Tensor]]:
     """Scores ``[row, behaviour]``, and per behaviour a tensor ``[row]`` whose derivative is that of the score."""
     batches, given = instrument.batches, (instrument.scorers, instrument.batches.tree)
@@ -129,8 +153,11 @@ def _add_features(
         return
     device = next(model.parameters()).device
     with measuring(model, gradients=True):
+        saving = instrument.saving(model, gradients=True)
         for batch in instrument.batches.batches:
-            stream = _prompt_pass(model, batch.to(device), instrument.handle.site, instrument.readout)
+            stream = prompt_pass(model, batch.to(device), instrument.handle.site, saving)
+            if not stream.requires_grad:  # the site lies below every trained weight: features never change
+                return
             stream = stream[:, -1:] if instrument.readout == "last" else stream
             pre, _ = pool(*instrument.encode(stream), batch.span.to(device), instrument.readout)
             weights = torch.from_numpy(slope[moving][:, batch.index.numpy()]).to(pre)
@@ -140,56 +167,6 @@ def _add_features(
                 for total, gradient in zip(found, gradients, strict=True):
                     if gradient is not None:
                         total[k] += gradient.flatten()
-
-
-class _Enough(Exception):
-    """Ends a forward pass when the hook was reached."""
-
-
-def _prompt_pass(model: Any, batch: ProbeBatch, site: HookSite, readout: Readout) -> Tensor:
-    """The residual stream ``[row, width + 1, d]`` of the prompts alone, computed no further than the hook.
-
-    With read-out ``last`` it is right at the last token only: the hook's layer computes its MLP for no other.
-    """
-    end = batch.width + 1
-    prompt = ProbeBatch(
-        batch.index, batch.lengths, batch.input_ids[:, :end], batch.position_ids[:, :end],
-        batch.attends[:, :, :end, :end], batch.span,
-    )  # fmt: skip
-
-    class Stop(list[Tensor]):
-        def append(self, stream: Tensor) -> None:
-            super().append(stream)
-            raise _Enough
-
-    seen = Stop()
-    last_only = _mlp_of_last(model, site) if readout == "last" else contextlib.nullcontext()
-    with captured(model, site, into=seen), last_only, contextlib.suppress(_Enough):
-        model(
-            input_ids=prompt.input_ids,
-            attention_mask=masks(model, prompt),
-            position_ids=prompt.position_ids,
-            use_cache=False,
-        )
-    return seen[0]
-
-
-@contextlib.contextmanager
-def _mlp_of_last(model: nn.Module, site: HookSite) -> Iterator[None]:
-    """Context in which the MLP of the hook's layer gets the last token alone.
-
-    What it adds to the residual stream is then added at every token, and right at the last. Most of a layer's cost is
-    its MLP, and the gradient reaches the hook's layer at the last token only.
-    """
-    mlp = getattr(decoder_layers(model)[site.layer], "mlp", None) if site.kind == "resid_post" else None
-    if mlp is None:
-        yield
-        return
-    handle = mlp.register_forward_pre_hook(lambda _, args: (args[0][:, -1:], *args[1:]) if args else None)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _backward(value: Tensor, sites: tuple[LoraSite, ...], *, keep: bool) -> tuple[Tensor | None, ...]:

@@ -6,18 +6,20 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from smda_callbacks.observe.activations import HookSite, captured, unwrap
+from smda_callbacks.observe.activations import HookSite, unwrap
 from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
-from smda_callbacks.observe.divided import InStep, device_of, gathered_anew, unbroken
+from smda_callbacks.observe.divided import InStep, device_of, gathered_anew, is_divided, unbroken
 from smda_callbacks.observe.features import Encoder, Readout, pool
 from smda_callbacks.observe.guard import measuring
-from smda_callbacks.observe.preference import choice_log_probs, score_edges
+from smda_callbacks.observe.passes import cached_pass, tree_pass, with_states
+from smda_callbacks.observe.preference import choice_log_probs
+from smda_callbacks.observe.savings import NO_SAVING, Saving
+from smda_callbacks.observe.trials import Savings
 from smda_callbacks.records import Array
 
 logger = logging.getLogger("smda_callbacks")
@@ -68,6 +70,7 @@ def read(
     *,
     readout: Readout = "last",
     visit: Visitor | None = None,
+    savings: Savings | None = None,
 ) -> Reading:
     """Read every probe once, leaving no trace in the model.
 
@@ -76,11 +79,13 @@ def read(
         encode: the features to read.
         readout: where features are read: ``last`` prompt token, or ``mean``/``max`` over the prompt's own tokens.
         visit: called with every batch as it is read, for those who want gradients too.
+        savings: what need not be computed again, or at all; None computes everything.
 
     Raises:
         NotFiniteError: NaN or inf in activations or log-probabilities; says how many probes.
     """
-    return assemble(read_parts(model, batches, batches.batches, site, encode, readout=readout, visit=visit), batches)
+    parts = read_parts(model, batches, batches.batches, site, encode, readout=readout, visit=visit, savings=savings)
+    return assemble(parts, batches)
 
 
 def read_parts(
@@ -93,25 +98,28 @@ def read_parts(
     readout: Readout = "last",
     visit: Visitor | None = None,
     in_step: InStep | None = None,
+    savings: Savings | None = None,
 ) -> list[Part]:
     """Read the batches ``wanted`` of ``batches``; the rest as :func:`read`, which puts the parts together.
 
-    ``in_step``: for a model that is divided over processes.
+    ``in_step``: for a model that is divided over several processes. One that is divided is read without savings.
     """
-    one_pass = tree_pass if tree_in_one_pass(model) else _cached_pass
+    savings = None if is_divided(model) else savings
+    one_pass = tree_pass if tree_in_one_pass(model) else cached_pass
     device = device_of(model)
 
     def one(batch: ProbeBatch) -> Part:
         with unbroken("a forward pass over probes") if in_step is not None else contextlib.nullcontext():
             batch = batch.to(device)
-            stream, edges = one_pass(model, batch, batches, site)
-        pre, gate = _features(stream, batch, encode, readout)
+            stream, edges = one_pass(model, batch, batches, site, saving)
+        pre, gate = _features(stream, batch.span[:, saving.skip :], encode, readout)
         if visit is not None:
             visit(batch, pre, gate, edges)
         last = stream[:, -1].detach().float().clone()  # a view would keep the whole stream
         return Part(batch.index, last, pre.detach(), gate.detach(), edges.detach())
 
     with measuring(model, gradients=visit is not None), gathered_anew(model):
+        saving = begin_saving(savings, model, batches, site, readout, gradients=visit is not None)
         if in_step is not None:
             return in_step.rounds_of(one, wanted, spare=batches.batches[-1])
         if visit is not None:  # a visitor may have seen half of what it wants of a batch
@@ -170,94 +178,33 @@ def tree_in_one_pass(model: nn.Module) -> bool:
     return getattr(unwrap(model).config.get_text_config(), "_attn_implementation", None) in MASK_ATTENTION
 
 
-def _features(stream: Tensor, batch: ProbeBatch, encode: Encoder, readout: Readout) -> tuple[Tensor, Tensor]:
+def begin_saving(
+    savings: Savings | None,
+    model: nn.Module,
+    batches: ProbeBatches,
+    site: HookSite,
+    readout: Readout,
+    *,
+    gradients: bool,
+) -> Saving:
+    """What a reading that begins now may leave out; called within :func:`measuring`."""
+    if savings is None or not tree_in_one_pass(model):
+        return NO_SAVING
+    device = device_of(model)
+
+    def one_pass(batch: ProbeBatch, saving: Saving) -> tuple[Tensor, Tensor]:
+        return tree_pass(model, batch.to(device), batches, site, saving)
+
+    def states(saving: Saving, batch: ProbeBatch) -> Saving:
+        return with_states(model, batch.to(device), batches, saving)
+
+    return savings.begin(model, batches, readout, one_pass, states, gradients=gradients)
+
+
+def _features(stream: Tensor, span: Tensor, encode: Encoder, readout: Readout) -> tuple[Tensor, Tensor]:
     stream = stream[:, -1:] if readout == "last" else stream
     pre, gate = encode(stream)
-    return pool(pre, gate, batch.span, readout)
-
-
-def tree_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
-    """Prompt and tree in one pass. Returns the stream ``[row, width + 1, d]`` and edge log-probs ``[row, edge]``."""
-    nodes = len(batches.tree.tokens)
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": masks(model, batch),
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
-    with captured(model, site) as seen:
-        if batches.tree.prior is not None:
-            edges = score_edges(model, inputs, batches.tree)
-        else:
-            edges = _edge_log_probs(model(**inputs, logits_to_keep=nodes).logits[:, -nodes:], batches)
-    return seen[0][:, : batch.width + 1], edges
-
-
-def masks(model: nn.Module, batch: ProbeBatch) -> Tensor | dict[str, Tensor]:
-    """The batch's mask as this model takes it: windows cut by position, not by column, and per layer type if mixed."""
-    config = unwrap(model).config.get_text_config()
-
-    def typed(mask: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
-            return mask
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-
-    window = getattr(config, "sliding_window", None)
-    if window is None or batch.input_ids.shape[1] <= window:
-        return typed(batch.attends)
-    distance = batch.position_ids.unsqueeze(2) - batch.position_ids.unsqueeze(1)
-    near = typed(batch.attends & (distance < window).unsqueeze(1))
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
-        return {"full_attention": typed(batch.attends), "sliding_attention": near}
-    return near
-
-
-def _cached_pass(model: Any, batch: ProbeBatch, batches: ProbeBatches, site: HookSite) -> tuple[Tensor, Tensor]:
-    """The same for attention without custom masks: the prompt once into a cache, then a row per branch of the tree."""
-    tree, rows, end = batches.tree, len(batch.index), batch.width + 1
-    mask = batch.attends[:, 0, batch.width, :end].long()
-    with captured(model, site) as seen:
-        output = model(
-            input_ids=batch.input_ids[:, :end],
-            attention_mask=mask,
-            position_ids=batch.position_ids[:, :end],
-            use_cache=True,
-            logits_to_keep=1,
-        )
-    logits = [output.logits[:, -1:]]
-    branches = [tree.ancestors(node) for node in range(1, len(tree.tokens)) if node not in tree.parents]
-    if branches:
-        depth = max(map(len, branches))
-        tokens = torch.tensor([[tree.tokens[k] for k in line] + [0] * (depth - len(line)) for line in branches])
-        cache = output.past_key_values
-        cache.batch_repeat_interleave(len(branches))
-        positions = batch.lengths.repeat_interleave(len(branches)).unsqueeze(1) + torch.arange(
-            depth, device=mask.device
-        )
-        after = model(
-            input_ids=tokens.to(mask.device).repeat(rows, 1),
-            attention_mask=torch.cat(
-                [mask.repeat_interleave(len(branches), 0), mask.new_ones(rows * len(branches), depth)], dim=1
-            ),
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=depth,
-        ).logits[:, -depth:]
-        after = after.reshape(rows, len(branches), depth, -1)
-        place = {node: (b, d) for b, line in enumerate(branches) for d, node in enumerate(line)}
-        logits += [after[:, place[node][0], place[node][1]].unsqueeze(1) for node in range(1, len(tree.tokens))]
-    return seen[0][:, :end], _edge_log_probs(torch.cat(logits, dim=1), batches)
-
-
-def _edge_log_probs(logits: Tensor, batches: ProbeBatches) -> Tensor:
-    """``logits [row, node, vocabulary]`` -> log P(edge's token | edge's node), ``[row, edge]`` float32.
-
-    Row by row: a second tensor of the size of the logits costs more to allocate than to compute.
-    """
-    nodes = torch.from_numpy(batches.tree.edge_nodes).to(logits.device)
-    tokens = torch.from_numpy(batches.tree.edge_tokens).to(logits.device)
-    return torch.stack([row.float().log_softmax(dim=-1)[nodes, tokens] for row in logits])
+    return pool(pre, gate, span, readout)
 
 
 def opening_log_probs(edges: Array, batches: ProbeBatches) -> Array:

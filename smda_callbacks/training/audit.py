@@ -126,7 +126,7 @@ class _Bench:
         check_lengths(pairs, getattr(adapter.model.config.get_text_config(), "max_position_embeddings", None))
         self.plan, self.options, self.adapter, self.pairs = plan, options, adapter, pairs
         self.told_failure = False
-        full = plan.instrument(adapter.model, tokenizer, plan.load_sae())
+        full = plan.instrument(adapter.model, tokenizer, plan.load_sae(), gradients=False)
         self.policy = self._policy(full, tokenizer, stored)
         self.functionals = all_functionals(self.policy, plan.probes)
         self.instrument = full.of_features(self.policy.features)

@@ -18,9 +18,11 @@ from smda_callbacks.observe.distil import DistilOptions, distil
 from smda_callbacks.observe.guard import measuring, weights_restored
 from smda_callbacks.observe.instrument import Instrument, arrays, build_instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite, lora_sites
-from smda_callbacks.observe.probe_gradients import Gradients, check_differentiable, gradient_reading
-from smda_callbacks.observe.reading import Reading, opening_log_probs, tree_pass
+from smda_callbacks.observe.passes import tree_pass
+from smda_callbacks.observe.probe_gradients import Gradients, check_differentiable, gradient_reading, slope_gradients
+from smda_callbacks.observe.reading import Reading, opening_log_probs
 from smda_callbacks.observe.sae import load_sae
+from smda_callbacks.observe.savings import SavingOptions
 from smda_callbacks.records import Array, PolicyRecord
 from smda_callbacks.training.attribution_start import functionals_of
 from tests.helpers.tiny import many_probes, save_sae, tiny_model, tiny_sae, tiny_tokenizer
@@ -239,3 +241,43 @@ def test_plain_variants_are_all_found(options: dict[str, Any]) -> None:
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {f"{site.name}.weight" for site in lora_sites(model)} == trained
     assert trained
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("readout", ["last", "mean"])
+def test_savings_do_not_change_gradients(layer: int, readout: Any, tmp_path: Any) -> None:
+    """With adapters on layers 1 and 2: the SAE below them, where no feature ever changes, and at the first of them."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], layers_to_transform=[1, 2])
+    model: Any = get_peft_model(tiny_model(), config).eval()
+    with torch.no_grad():
+        for site in lora_sites(model):
+            site.weight.normal_(std=0.05)
+    handle = load_sae(save_sae(tiny_sae("standard", hook_name=f"blocks.{layer}.hook_resid_post"), tmp_path / "sae"))
+    found, tokenizer = [], tiny_tokenizer()
+    for savings in (SavingOptions(keep_gib=0, share_prefix=False, trim=False), SavingOptions(share_prefix=False)):
+        given: Any = {"batch_size": 8, "readout": readout, "savings": savings}
+        full = build_instrument(model, tokenizer, handle, many_probes(20), **given)
+        policy, instrument, _ = distil(full, model, tokenizer, DistilOptions(5, 3, cv_folds=0))
+        functionals = functionals_of(instrument, policy, None, exact=False)
+        for _ in range(2):
+            reading, gradients = gradient_reading(
+                instrument, model, lora_sites(model), functionals, scale=policy.scale, lam=policy.lam
+            )
+        assert np.array_equal(reading.log_probs, instrument.read(model).log_probs)
+        found.append(torch.cat(gradients, dim=1).double().numpy())
+    assert instrument.savings.lower.first == 1
+    assert (np.abs(found[0]).max(axis=1) > 0).sum() >= len(functionals.names) - 5 * (layer == 0)
+    for plain, saved in zip(*found, strict=True):
+        assert np.linalg.norm(saved - plain) <= 1e-5 * np.linalg.norm(plain)
+
+
+def test_gradients_of_given_slopes_are_those_of_the_functionals(tmp_path: Any) -> None:
+    bench = Bench(tmp_path)
+    given: dict[str, Any] = {"scale": bench.policy.scale, "lam": bench.policy.lam}
+    _, wanted = gradient_reading(bench.instrument, bench.model, bench.sites, bench.functionals, **given)
+    known = slopes(bench.functionals, bench.state(), **given)
+    found = slope_gradients(bench.instrument, bench.model, bench.sites, known)
+    for a, b in zip(found, wanted, strict=True):
+        assert float((a - b).norm()) <= 1e-4 * float(b.norm())
+    assert all(site.weight.grad is None for site in bench.sites)
