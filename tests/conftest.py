@@ -17,7 +17,9 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _own_wandb_folders(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_environment(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ)  # datasets puts a copy in its place when it maps in processes
+    monkeypatch.delenv("COLUMNS", raising=False)
     for name in ("DIR", "DATA_DIR", "CACHE_DIR", "CONFIG_DIR"):
         monkeypatch.setenv(f"WANDB_{name}", str(tmp_path))
 

@@ -180,15 +180,15 @@ def _show_top(out: Screen, rows: list[dict[str, Any]], name: str, pairs: int) ->
     cells = []
     for row in rows:
         noise = {True: "above", False: styled("below", "dim"), None: None}[row["above_noise"]]
-        text = " ".join((row["text"] or "").split())
+        text, strong = " ".join((row["text"] or "").split()), row["above_noise"] is not False
         cells.append(
             [
                 ", ".join(map(str, row["rows"][:3])),
                 *([row["columns"].get("kind")] if kind else []),
-                change(row["effect"], digits),
-                *([number(row["spread"], digits)] if spread else []),
+                _toned(change(row["effect"], digits), strong),
+                *([_toned(number(row["spread"], digits), strong)] if spread else []),
                 noise,
-                text[:TEXT] + ("…" if len(text) > TEXT else ""),
+                _toned(text[:TEXT] + ("…" if len(text) > TEXT else ""), strong),
             ]
         )
     columns = ["#row", *(["kind"] if kind else []), "#effect", *(["#spread"] if spread else []), "noise", "text"]
@@ -198,6 +198,10 @@ def _show_top(out: Screen, rows: list[dict[str, Any]], name: str, pairs: int) ->
     show_table(
         out, f"{name}: the {len(rows)} of {count(pairs, 'pair')} that move it most", columns, cells, caption=caption
     )
+
+
+def _toned(text: str, strong: bool) -> object:
+    return text if strong else styled(text, "dim")
 
 
 def _show_groups(out: Screen, rows: list[dict[str, Any]], name: str) -> None:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from smda_callbacks import __version__
-from smda_callbacks.cli import audit, check, compare, config_cmd, distill, pairs, quickstart, report, verify
+from smda_callbacks.cli import audit, check, compare, config_cmd, distill, pairs, quickstart, report, rescore, verify
 from smda_callbacks.cli import run as run_cmd
 from smda_callbacks.cli import wandb as wandb_cmd
 
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "audit": audit,
     "report": report,
     "pairs": pairs,
+    "rescore": rescore,
     "compare": compare,
     "verify": verify,
     "wandb": wandb_cmd,
@@ -40,6 +41,7 @@ start here:
   smda run --config C -- script.py ...  a run: an unedited training script, with the callback in it
   smda verify RUN, smda report RUN      after a run: do its numbers hold, and what did it do?
   smda pairs RUN --by refusal:harmful   after a run: which training pairs did it?
+  smda rescore RUN                      after a run: what did each pair do to its end, exactly?
   smda compare A B                      after two runs: in what did they come apart?
 
 exit codes: 0 it held, 1 a check failed, 2 usage or input that cannot be used"""

@@ -68,7 +68,8 @@ def screen(args: argparse.Namespace) -> Screen:
 
     json = bool(getattr(args, "json", False))
     stream = sys.stderr if json else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else WIDTH
+    columns = os.environ.get("COLUMNS", "")  # read here: rich keeps the environment that it was imported in
+    width = int(columns) if columns.isdigit() else None if stream.isatty() else WIDTH
     return Screen(Console(file=stream, markup=False, emoji=False, highlight=False, width=width), json)
 
 

@@ -1,9 +1,10 @@
 """Rank the training pairs of a run, or of an audit, by what they did to a behaviour or to a feature's coefficient.
 
-Two quantities, never mixed. The effect of a pair is what would be missing had it been left out of its steps; rankings
+Quantities, never mixed. The effect of a pair is what would be missing had it been left out of its steps; rankings
 use it. Its share is its own part of the weight updates; shares, momentum, decay and what is unexplained sum to what was
-measured. Shift x and shift y are in the quantity that was asked for. By a feature, they are the pair's contributions to
-that feature's coefficient; by a behaviour, L2 norms of those over all attributed features.
+measured. Its influence, known once ``smda rescore`` was run, is what it did to the end of the run. Shift x and shift y
+are in the quantity that was asked for. By a feature, they are the pair's contributions to that feature's coefficient;
+by a behaviour, L2 norms of those over all attributed features.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from smda_callbacks.cli.runs import run_folder
 if TYPE_CHECKING:
     from smda_callbacks.sinks.store_reader import RunStore
 
-Quantity = Literal["effect", "share"]
+Quantity = Literal["effect", "share", "influence"]
 
 HELP = "which training pairs moved a behaviour or a feature most?"
 
@@ -31,6 +32,7 @@ coefficient) or feature:<SAE index>:y (how the behaviour did), or any other func
 _MEANING = {
     "effect": "Effect: what would be missing had the pair been left out of its steps.",
     "audit": "Effect: what one update on the pair alone did to the audited model. Its share is the same.",
+    "influence": "Influence: what the pair did to the end of the run, through all later steps (smda rescore).",
     "share": "Share: what the pair's part of the updates did; shares and the ledger's other lines sum to the change.",
 }
 GAP = 3  # characters between two columns
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``smda pairs``."""
     parser.add_argument("folder", metavar="RUN", type=Path, help="a run store, for example smda-quickstart/run")
     parser.add_argument("--by", metavar="F", help=BY_HELP)
-    parser.add_argument("--quantity", choices=("effect", "share"), default="effect", help="default: effect")
+    quantities = ("effect", "share", "influence")
+    parser.add_argument("--quantity", choices=quantities, default="effect", help="default: effect")
     parser.add_argument("--top", metavar="N", type=_positive, default=20, help="how many pairs (default: 20)")
     add_json(parser)
 
@@ -74,11 +77,13 @@ def find_pairs(
         ValueError: there is no such functional; names the nearest.
     """
     from smda_callbacks.report.ranking import ranked, unexplained_part, unit_of
+    from smda_callbacks.report.rescored import with_influence
     from smda_callbacks.sinks.pair_table import column, pair_table
     from smda_callbacks.sinks.unattributed import unattributed, unattributed_sentence
 
     windows = store.windows()
-    table, left_out = pair_table(store.start, windows), unattributed_sentence(store.manifest, windows)
+    table = with_influence(pair_table(store.start, windows), store.path)
+    left_out = unattributed_sentence(store.manifest, windows)
     if table is None:
         raise PairsError(_nothing(store.path, store.manifest, left_out))
     name = by or table.functionals[0]
@@ -113,11 +118,21 @@ def show_pairs(out: Screen, found: dict[str, Any]) -> None:
         room = _room(out, columns, rows)
     columns["text"] = lambda row: _cut(row["text"], max(room, NARROW))
     title = f"{found['functional']} in {found['unit']}: {len(rows)} of {pairs}, by {quantity}"
-    show_table(out, title, list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+    show_table(
+        out, title, list(columns), [_toned(row, quantity, [cell(row) for cell in columns.values()]) for row in rows]
+    )
     meaning = _MEANING["audit" if found["kind"] == "audit" else quantity]
-    for line in (meaning, _shifts(found), _covered(found, digits), found["not_attributed"]["text"]):
+    shifts = None if quantity == "influence" else _shifts(found)
+    for line in (meaning, shifts, _covered(found, digits), found["not_attributed"]["text"]):
         if line:
             out.say(line)
+
+
+def _toned(row: dict[str, Any], quantity: Quantity, cells: list[object]) -> list[object]:
+    """The cells of a row, dim where its effect is not above noise."""
+    if quantity != "effect" or row["above_noise"] is not False:
+        return cells
+    return [styled("–" if cell is None else str(cell), "dim") for cell in cells]
 
 
 def _named(names: Sequence[str]) -> dict[str, Cell]:
@@ -138,6 +153,9 @@ def _columns(found: dict[str, Any], digits: int) -> dict[str, Cell]:
         columns["#spread"] = lambda row: number(row["spread"], digits)
     if quantity == "effect":
         columns["noise"] = lambda row: {True: "above", False: styled("below", "dim"), None: None}[row["above_noise"]]
+    if quantity == "influence":
+        columns["#live effect"] = lambda row: change(row["effect"], digits)
+        return {**columns, "#win.": lambda row: row["windows"]}
     columns["#shift x"] = lambda row: shift(row["shift_x"]["magnitude"])
     if any(row["shift_x"]["gating"] is not None for row in rows):
         columns["#gating"] = lambda row: shift(row["shift_x"]["gating"])

@@ -170,15 +170,16 @@ def show_categories(out: Screen, data: RunData) -> None:
 
 
 def show_features(out: Screen, data: RunData, most: int = 6) -> None:
-    """The features whose weight in the policy changed most."""
+    """The features whose weight in the policy changed most; what is not above noise is dim."""
     from smda_callbacks.report.shifts import feature_name, feature_shifts
 
     rows = [
         (
-            feature_name(data, each.feature),
+            _toned(feature_name(data, each.feature), each.any_above),
             change(each.start, 3),
-            change(each.end, 3),
-            *(change(value, 3) for value in (*each.shifts.values(), each.total)),
+            _toned(change(each.end, 3), each.any_above),
+            *(_toned(change(value, 3), each.above.get(part, True)) for part, value in each.shifts.items()),
+            _toned(change(each.total, 3), each.any_above),
         )
         for each in feature_shifts(data, 0)[:most]
     ]
@@ -188,8 +189,13 @@ def show_features(out: Screen, data: RunData, most: int = 6) -> None:
         ["feature", "#weight at start", "#at end", "#by strength", "#by switching", "#by outputs", "#change"],
         rows,
         caption="Weights: refusal per standard deviation of the feature. By strength and by switching: the feature is "
-        "active more or less strongly, or on other probes; by outputs: the same activity leads to other answers.",
+        "active more or less strongly, or on other probes; by outputs: the same activity leads to other answers. "
+        "Dim: not above noise, or other on another half of the probes.",
     )
+
+
+def _toned(text: str, strong: bool) -> object:
+    return text if strong else styled(text, "dim")
 
 
 def show_gaps(out: Screen, gaps: Any) -> None:
@@ -207,6 +213,7 @@ def show_next(out: Screen, folder: Path, report: Path, wandb: str | None) -> Non
     commands = {
         f"smda verify {folder / 'run'}": "recompute every number of the run from its store",
         f"smda pairs {folder / 'run'} --by refusal:{PLANTED_GAP}": "which training pairs did it",
+        f"smda rescore {folder / 'run'}": "what each pair did to the end of the run, exactly",
         f"smda report {folder / 'run'}": "write the report of a run, at any time",
     }
     if wandb is not None:

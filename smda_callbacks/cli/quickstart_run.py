@@ -87,6 +87,7 @@ def settings(folder: Path) -> dict[str, Any]:
         "model": {"id": MODEL, "dtype": "float32"},
         "sae": {"source": SAE},
         "store": {"dir": str(folder / "run")},
+        "trajectory": {"keep": True},  # for smda rescore
         "wandb": {"project": PROJECT, "mode": "offline"},
         "seed": SEED,
     }

@@ -25,6 +25,7 @@ from smda_callbacks.observe.probes import (
     with_expected,
 )
 from smda_callbacks.observe.sae import SAEHandle, load_sae
+from smda_callbacks.observe.savings import SavingOptions
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.sinks.files import LOGGED
@@ -33,6 +34,7 @@ from smda_callbacks.sinks.trackers import TRACKERS, TrackerName, TrackerSink
 from smda_callbacks.training.alerts import AlertLimits
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.trajectory_options import TrajectoryOptions
 
 #: Sources that start with this name what ships with the library.
 BUILTIN = "builtin:"
@@ -58,8 +60,10 @@ def build_plan(config: SMDAConfig) -> Plan:
         health_every=measure.health_every,
         overhead_budget=measure.overhead_budget,
         noise_draws=measure.noise_draws,
+        savings=SavingOptions(measure.keep_gib, measure.share_prefix, measure.trim),
         limits=AlertLimits(**config.alerts.model_dump()),
         attribution=AttributionOptions(**config.attribution.model_dump()),
+        trajectory=TrajectoryOptions(**config.trajectory.model_dump()),
         on_error=measure.on_error,
         make_sinks=lambda args: build_sinks(config, args),
         reopen_sinks=lambda args, past: build_sinks(config, args, past, resumed=True),

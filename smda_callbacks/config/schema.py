@@ -130,6 +130,9 @@ class MeasureConfig(Section):
     batch_size: int = Field(64, ge=1)
     overhead_budget: float | None = Field(None, gt=0, lt=1)
     noise_draws: int = Field(8, ge=0)
+    keep_gib: float = Field(1.0, ge=0)
+    share_prefix: bool = True
+    trim: bool = True
     on_error: Literal["warn", "raise"] = "warn"
 
 
@@ -145,6 +148,14 @@ class AttributionConfig(Section):
     intended: int = Field(4, ge=1)
     text: bool = True
     id_column: str | None = None
+
+
+class TrajectoryConfig(Section):
+    """Whether the run's steps are kept in the store, so that ``smda rescore`` can go through the run again."""
+
+    keep: bool = False
+    every: int = Field(1, ge=1)
+    max_gib: float = Field(20.0, gt=0)
 
 
 class AlertsConfig(Section):
@@ -198,6 +209,7 @@ class SMDAConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     measure: MeasureConfig = MeasureConfig()
     attribution: AttributionConfig = AttributionConfig()
+    trajectory: TrajectoryConfig = TrajectoryConfig()
     alerts: AlertsConfig = AlertsConfig()
     audit: AuditConfig = AuditConfig()
     store: StoreConfig = StoreConfig()

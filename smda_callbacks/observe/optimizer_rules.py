@@ -22,7 +22,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """State of the optimizer for one weight before a step; None where it has none."""
+    """State of the optimizer for one weight before a step; None where it has none.
+
+    Also the derivative of something by it, ``[target, out * in]`` each; None where that is zero.
+    """
 
     weight: Tensor
     first: Tensor | None  # exp_avg, or SGD's momentum buffer
@@ -62,6 +65,18 @@ class Rule(ABC):
         """This update minus the same without what each example added to the gradient of an earlier step.
 
         What the gradients since then would have been is left as it is.
+        """
+
+    @abstractmethod
+    def adjoint(self, before: Moments, gradient: Tensor, after: Moments) -> tuple[Moments, Tensor]:
+        """The whole step, weight decay included, backwards.
+
+        Args:
+            before, gradient: of the step as it was made, ``[out * in]``.
+            after: derivatives of targets by the state after the step, ``[target, out * in]``.
+
+        Returns:
+            The derivatives by the state before the step, at a fixed gradient, and by the gradient.
         """
 
     def decay(self, before: Moments) -> Tensor:
@@ -107,6 +122,20 @@ class AdamWRule(Rule):
 
         return effects
 
+    def adjoint(self, before: Moments, gradient: Tensor, after: Moments) -> tuple[Moments, Tensor]:
+        mean, second = self._mean(before, gradient), self._second(before, gradient)
+        correction = 1 - self.beta2**self.step
+        root = (second / correction).sqrt()
+        denominator = root + self.eps
+        rate = self.lr / (1 - self.beta1**self.step)
+        # Where the second moment is zero so is the first, and the weight moves by lr * mean / eps: no slope in it.
+        slope = torch.where(root > 0, rate * mean / (2 * correction * denominator.square() * root), 0.0)
+        by_mean = _plus(after.first, after.weight * (-rate / denominator))
+        by_second = _plus(after.second, after.weight * slope)
+        by_gradient = (1 - self.beta1) * by_mean + (2 * (1 - self.beta2) * gradient) * by_second
+        kept = (1 - self.lr * self.weight_decay) * after.weight
+        return Moments(kept, self.beta1 * by_mean, self.beta2 * by_second), by_gradient
+
     def _mean(self, before: Moments, gradient: Tensor) -> Tensor:
         mean = (1 - self.beta1) * gradient
         return mean if before.first is None else mean + self.beta1 * before.first
@@ -142,3 +171,11 @@ class SGDRule(Rule):
 
     def later_effects(self, before: Moments, gradient: Tensor) -> LaterEffects:
         return lambda gone, then, age: (-self.lr * self.mu**age) * gone
+
+    def adjoint(self, before: Moments, gradient: Tensor, after: Moments) -> tuple[Moments, Tensor]:
+        by_gradient = _plus(after.first, -self.lr * after.weight)  # decay is part of what goes into the momentum
+        return Moments(after.weight + self.weight_decay * by_gradient, self.mu * by_gradient, None), by_gradient
+
+
+def _plus(first: Tensor | None, second: Tensor) -> Tensor:
+    return second if first is None else first + second

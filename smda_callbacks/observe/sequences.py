@@ -101,11 +101,18 @@ class BatchWatch:
 
     Training means: the module is in train mode and gradients are on. Evaluations, probes and the second, gradient-free
     pass that some losses make are left out. A batch that cannot be read is said once in the log and left out too; what
-    the listener raises is its own. ``wanted`` is asked first at every forward pass, whoever makes it.
+    the listener raises is its own. ``wanted`` is asked first at every forward pass, whoever makes it. ``inputs`` gets
+    the arguments of the forward pass, before its examples are looked for.
     """
 
-    def __init__(self, model: nn.Module, listener: Listener, wanted: Callable[[], bool] = lambda: True) -> None:
-        self.model, self.listener, self.wanted = model, listener, wanted
+    def __init__(
+        self,
+        model: nn.Module,
+        listener: Listener,
+        wanted: Callable[[], bool] = lambda: True,
+        inputs: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self.model, self.listener, self.wanted, self.inputs = model, listener, wanted, inputs
         self._handle: Any = None
         self._warned = False
 
@@ -126,6 +133,7 @@ class BatchWatch:
         if not (self.wanted() and module.training and torch.is_grad_enabled()):
             return
         given = {"input_ids": args[0], **kwargs} if args else kwargs
+        self.inputs(given)
         try:
             examples = split_batch(given)
         except Exception as error:

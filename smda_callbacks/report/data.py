@@ -24,6 +24,7 @@ from smda_callbacks.records import (
     RunEnd,
     WindowRecord,
 )
+from smda_callbacks.report.rescored import with_influence
 from smda_callbacks.sinks.attribution import is_audit
 from smda_callbacks.sinks.pair_table import PairTable, pair_table
 from smda_callbacks.sinks.store_reader import RunStore
@@ -74,7 +75,7 @@ class RunData:
     @cached_property
     def pairs(self) -> PairTable | None:
         """What the training pairs did over the run; None where no window was attributed."""
-        return pair_table(self.store.start, self.windows)
+        return with_influence(pair_table(self.store.start, self.windows), self.store.path)
 
     @property
     def unit(self) -> str:

@@ -17,7 +17,7 @@ from smda_callbacks.records import Array, Pair
 from smda_callbacks.report.data import TIMES, RunData
 from smda_callbacks.report.markup import NONE, Html, count, element, join, number, percent, signed
 from smda_callbacks.report.pairs_data import PairData, Ranking, data_columns, moved_features, pair_name, rankings
-from smda_callbacks.report.ranking import unit_of
+from smda_callbacks.report.ranking import rescored, unit_of
 from smda_callbacks.report.shifts import feature_name
 
 #: Pairs listed by one functional; pairs in a table in all; characters of a text; columns of the data set.
@@ -25,7 +25,7 @@ PER, MOST_ROWS, MOST_TEXT, MOST_COLUMNS = 50, 800, 400, 3
 
 _SHORT = 110  # characters of a text that are shown at once
 
-Quantity = Literal["effect", "share"]
+Quantity = Literal["effect", "share", "influence"]
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,14 @@ def ranking_table(page_rankings: dict[str, list[Mapping[str, Any]]], data: RunDa
                   quantity: Quantity, *, per: int = PER, most: int = MOST_ROWS) -> Html:  # fmt: skip
     """Pairs by ``quantity``, with a choice of functional and a search; the first argument gets what the script needs.
 
-    Effects come with their noise floor, spread, interference and texts; shares with what tells a pair only.
+    Effects come with their noise floor, spread, interference and texts; shares with what tells a pair only; influences
+    with the effects beside them.
     """
     table, values = pairs.table, getattr(pairs.table, quantity)
-    options = functional_options(data, pairs)
+    options = functional_options(data, pairs, rescored(table) if quantity == "influence" else table.functionals)
     names = [name for group in options.values() for name, _ in group]
-    first = [each.name for m in range(len(data.behaviours)) for each in pairs.groups(m) if not each.is_category]
+    groups = [each.name for m in range(len(data.behaviours)) for each in pairs.groups(m) if not each.is_category]
+    first = [name for name in groups if name in names]
     found = rankings(table, values, names, first, per=per, most=most)
     changing = _changing(data, pairs, quantity, found)
     page_rankings[quantity] = [
@@ -68,8 +70,9 @@ def ranking_table(page_rankings: dict[str, list[Mapping[str, Any]]], data: RunDa
     )
 
 
-def functional_options(data: RunData, pairs: PairData) -> dict[str, list[tuple[str, str]]]:
+def functional_options(data: RunData, pairs: PairData, among: Sequence[str]) -> dict[str, list[tuple[str, str]]]:
     """Functionals to choose from as (name, title), by heading: groups of probes, then the features most moved."""
+    wanted = set(among)
     found: dict[str, list[tuple[str, str]]] = {}
     for m, behaviour in enumerate(data.behaviours):
         found[f"{behaviour} ({data.unit})"] = [(each.name, each.name) for each in pairs.groups(m)]
@@ -81,7 +84,8 @@ def functional_options(data: RunData, pairs: PairData) -> dict[str, list[tuple[s
         shifts = [each for each in pairs.shifts if each.behaviour == m and each.feature in moved]
         words = {feature: feature_name(data, feature).partition(" ")[2] for feature in moved}
         found[f"coefficients of {behaviour}"] = [(e.name, f"{e.name}  {words[e.feature]}".strip()) for e in shifts]
-    return {heading: options for heading, options in found.items() if options}
+    kept = {heading: [each for each in options if each[0] in wanted] for heading, options in found.items()}
+    return {heading: options for heading, options in kept.items() if options}
 
 
 def _controls(options: Mapping[str, list[tuple[str, str]]]) -> Html:
@@ -117,6 +121,9 @@ def _changing(data: RunData, pairs: PairData, quantity: Quantity, found: Sequenc
         spread = table.spread
         numbers = [aligned(spread[list(each.rows), place]) for each, place in zip(found, places, strict=True)]
         columns.append(Column("±\u00a0repeats", [[text.lstrip("+") for text in texts] for texts in numbers]))
+    if quantity == "influence":
+        effects = [aligned(table.effect[list(each.rows), place]) for each, place in zip(found, places, strict=True)]
+        columns.append(Column("live\u00a0effect", effects))
     return columns
 
 
@@ -144,7 +151,7 @@ def ratio(table: Any, row: int, place: int) -> str:
 
 def _weak(pairs: PairData, quantity: Quantity, row: int, name: str) -> bool:
     floor = pairs.table.floor
-    if quantity == "share" or floor is None:
+    if quantity != "effect" or floor is None:
         return False
     place = pairs.place(name)
     return not abs(float(pairs.table.effect[row, place])) > TIMES * float(floor[row, place])

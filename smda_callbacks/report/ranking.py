@@ -11,7 +11,7 @@ from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import Array, PolicyRecord
 from smda_callbacks.sinks.pair_table import PairTable, by_feature, column
 
-Quantity = Literal["effect", "share"]
+Quantity = Literal["effect", "share", "influence"]
 
 
 def ranked(
@@ -19,20 +19,44 @@ def ranked(
 ) -> list[dict[str, Any]]:
     """The ``top`` pairs (all if None) by the size of their ``quantity`` of the functional ``name``, largest first.
 
+    ``influence`` is that of ``smda rescore``, see :func:`~smda_callbacks.report.rescored.with_influence`.
+
     Pairs that were in no attributed window are left out. A row has ``pair`` (number in the run), ``rows`` (numbers in
     the user's data set), ``level``, ``columns`` (of the data set; each again under its own name where that is none of
-    the row's), ``effect``, ``share``, ``floor`` and ``above_noise`` (noise floor of the effect, and whether the effect
-    is more than twice it), ``spread`` (over an audit's repeats), ``shift_x`` (``magnitude``, ``gating``), ``shift_y``,
-    ``interference``, ``flagged``, ``windows``, ``text``; None where something is not known.
+    the row's), ``effect``, ``share``, ``influence``, ``floor`` (noise floor of the effect), ``above_noise`` (whether
+    the effect is more than twice it), ``spread`` (over an audit's repeats), ``shift_x`` (``magnitude``, ``gating``),
+    ``shift_y``, ``interference``, ``flagged``, ``windows``, ``text``; None where something is not known.
 
     ``shift_x`` and ``shift_y`` are in ``quantity``: where ``name`` is of a feature, on its coefficient, with the sign;
-    else L2 norms over all attributed features. Raises ValueError for an unknown functional, naming the nearest.
+    else L2 norms over all attributed features. Raises ValueError for an unknown functional, naming the nearest, and for
+    influences that were not computed.
     """
     place = column(table, name)
-    values = getattr(table, quantity)[:, place]
-    order = [int(row) for row in np.argsort(-np.abs(values), kind="stable") if table.known[row]]
-    shifts = _shifts(table, policy, name, getattr(table, quantity))
+    known = table.known & ~np.isnan(_influence(table, place)) if quantity == "influence" else table.known
+    values = np.nan_to_num(getattr(table, quantity))
+    order = [int(row) for row in np.argsort(-np.abs(values[:, place]), kind="stable") if known[row]]
+    shifts = _shifts(table, policy, name, values)
     return [_row(table, row, place, shifts) for row in order[:top]]
+
+
+def rescored(table: PairTable) -> list[str]:
+    """Functionals whose influences on the end of the run are known."""
+    if table.influence is None:
+        return []
+    missing = [bool(np.isnan(each).all()) for each in table.influence.T]
+    return [name for name, gone in zip(table.functionals, missing, strict=True) if not gone]
+
+
+def _influence(table: PairTable, place: int) -> Array:
+    name, known = table.functionals[place], rescored(table)
+    if table.influence is None or name not in known:
+        which = f"; those on {', '.join(known)} are" if known else ": the run has not been rescored"
+        raise ValueError(
+            f"the influences on {name} at the end of the run are not known{which}. Next step: smda rescore RUN "
+            f"--target {name}"
+        )
+    found: Array = table.influence[:, place]
+    return found
 
 
 def unit_of(table: PairTable, policy: PolicyRecord, name: str) -> str:
@@ -78,6 +102,7 @@ def _row(table: PairTable, row: int, place: int, shifts: Mapping[str, Array]) ->
         "columns": dict(pair.columns),
         "effect": effect,
         "share": float(table.share[row, place]),
+        "influence": _known(table.influence, row, place),
         "floor": floor,
         "above_noise": None if floor is None else bool(above_floor(effect, floor)),
         "spread": _known(table.spread, row, place),

@@ -8,8 +8,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from smda_callbacks.report import texts
 from smda_callbacks.report.data import RunData
-from smda_callbacks.report.markup import Html, element, join
+from smda_callbacks.report.figures import PART_NAMES
+from smda_callbacks.report.markup import Html, element, fixed, join
+from smda_callbacks.report.shifts import run_reliability, unreliable_parts
 from smda_callbacks.report.verdict import warning
 
 
@@ -81,3 +84,13 @@ def chooser(
     controls = element("p", *boxes, class_="controls")
     place = figure_place(first, figures[first], caption)
     return element("div", controls, place, class_="chooser", data_prefix=prefix)
+
+
+def unreliable_note(data: RunData) -> str:
+    """Which parts are greyed as a whole."""
+    parts, values = unreliable_parts(data), run_reliability(data)
+    if not parts:
+        return ""
+    return texts.FEATURES_UNRELIABLE.format(
+        parts=", ".join(f"{PART_NAMES[part]} {fixed(values[part])}" for part in parts)
+    )

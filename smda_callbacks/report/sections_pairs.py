@@ -25,6 +25,7 @@ from smda_callbacks.report.pairs_data import (
 )
 from smda_callbacks.report.ranking import unexplained_part, unit_of
 from smda_callbacks.report.section import Page, chooser, feature_warning, say
+from smda_callbacks.report.sections_rescore import influence_part
 from smda_callbacks.report.shifts import shortened
 from smda_callbacks.sinks.unattributed import unattributed_sentence
 
@@ -57,6 +58,7 @@ def pairs_section(page: Page) -> Html:
         feature_warning(data),
         page.for_behaviours(_map_of),
         None if data.audit else page.for_behaviours(_curves_of),
+        influence_part(page),
     ])  # fmt: skip
 
 

@@ -51,6 +51,15 @@ SHARES = (
     "would change without a pair, which is its effect, in the section Pairs. No noise floor is known for shares."
 )
 
+INFLUENCE = (
+    "A pair's influence on the end of the run counts what it changed in all later steps, which its live effect cannot "
+    "know: smda rescore has gone through the run backwards, {steps}, {how}. + raised the number, − lowered it, to "
+    "first order in leaving the pair out. Influences do not add up. No noise floor is known for them."
+)
+INFLUENCE_CAPTION = (
+    "A point per pair: its effect as booked live (across) and its influence on the end of the run (up); dashed: equal."
+)
+
 INTERFERENCE = (
     "A pair intends the features that are strongest on its own prompt. Its interference is the share of its absolute "
     "effect on coefficients, gates that switch left out, that falls on others. The flag ⚑ is set where its largest "

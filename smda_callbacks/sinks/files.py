@@ -16,6 +16,8 @@
 ``wandb.json``                 the W&B runs that it was sent to, the last one last
 ``end.json``                   how the run ended; absent while it runs and after a kill
 ``tables/*.parquet``           derived from the above, written at close
+``trajectory/``                the run's steps, where they are kept: see :mod:`smda_callbacks.sinks.trajectory`
+``rescore/``                   influence on the run's end, where ``smda rescore`` wrote it
 =============================  ==================================================================
 """
 

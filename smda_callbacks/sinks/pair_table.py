@@ -49,6 +49,7 @@ class PairTable:
     flagged: NDArray[np.bool_]  # [pair] the largest effect is unintended, and above its floor where there is one
     attributed: int  # attributed windows
     booked: int  # ok windows, attributed or not
+    influence: Array | None = None  # [pair, functional] on the end of the run, of smda rescore; NaN where not asked
 
     @property
     def known(self) -> NDArray[np.bool_]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from smda_callbacks.records import Pair, Probe
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.codec import dumps
+from smda_callbacks.sinks.trajectory import FOLDER as TRAJECTORY
 
 LogText = Literal["none", "hash", "full"]
 
@@ -61,11 +62,12 @@ def shown_files(store: Path, probes: tuple[Probe, ...], log_text: LogText) -> It
     """Everything in a run store that may be sent: its name, and the file itself or other content in its place.
 
     Unless all text may be sent, ``probes.jsonl`` is left out and ``probes_shown.jsonl`` put in its place, and the texts
-    of pairs in the records of windows and in ``tables/pairs.parquet`` are replaced: by their hash, or by nothing.
+    of pairs in the records of windows and in ``tables/pairs.parquet`` are replaced: by their hash, or by nothing. The
+    trajectory, which holds the training data, is never sent.
     """
     for path in sorted(store.rglob("*")):
         name = path.relative_to(store).as_posix()
-        if not path.is_file() or path.suffix == files.PART:
+        if not path.is_file() or path.suffix == files.PART or name.startswith(f"{TRAJECTORY}/"):
             continue
         if log_text == "full":
             yield name, path

@@ -70,7 +70,7 @@ def start_attribution(
         return Attribution(choice, None, {"engine": "off", "why": choice.why, "functionals": []})
     functionals = functionals_of(instrument, policy, options.features, exact=choice.engine == "exact")
     sites = lora_sites(model)
-    index = _index(trainer, options, user_dataset)
+    index = pair_index(trainer, options, user_dataset)
     engine: Ghost | Exact
     if choice.engine == "ghost":
         engine = Ghost(
@@ -178,7 +178,8 @@ def prompt_marker(tokenizer: Any) -> tuple[int, ...] | None:
     return tuple(tokenizer(marker, add_special_tokens=False)["input_ids"]) or None
 
 
-def _index(trainer: Trainer, options: AttributionOptions, user_dataset: Any) -> PairIndex:
+def pair_index(trainer: Trainer, options: AttributionOptions, user_dataset: Any) -> PairIndex:
+    """The numbers of the pairs of a run."""
     found = find_trainer()
     return build_index(
         trainer.train_dataloader.dataset,

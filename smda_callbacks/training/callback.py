@@ -18,6 +18,8 @@ What a trainer does, with the points where the callback acts marked ``*``::
         on_epoch_end         * stopped early: book what is left
     on_train_end             * book what is left, close the sinks
 
+Where the run's steps are kept (``trajectory.keep``), they are written between those points.
+
 Under several processes each reads its share of the probes when the main one says so; only that one keeps books.
 """
 
@@ -227,10 +229,12 @@ class MeasuringCallback(TrainerCallback):
         self.monitor = None
 
     def _pairs(self, event: str, *given: Any) -> None:
-        """Tell the attributor of an event; what goes wrong there costs the window's pairs, never the training."""
+        """Tell attributor and recorder of an event; what goes wrong costs the window's pairs, never the training."""
         attributor = self.monitor.attributor if self.monitor is not None else None
         if self._participant is not None:
             getattr(self._participant, event)(*given)
+        if self.monitor is not None:
+            self.monitor.recording.event(event, *given)
         if attributor is None:
             return
         try:

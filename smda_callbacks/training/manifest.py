@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from smda_callbacks.observe.activations import unwrap
+from smda_callbacks.observe.divided import shape_of
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.sharding import Team, whole_weights
 from smda_callbacks.records import SCHEMA_VERSION, PolicyRecord, policy_hash
@@ -38,7 +39,7 @@ def build_manifest(
         "run_id": uuid.uuid4().hex[:12],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": dict(plan.config),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": package_versions(),
         "git_sha": _git_sha(),
         "seeds": {"smda": plan.seed, "trainer": args.seed, "data": args.data_seed},
         "probe_hash": instrument.probes.hash,
@@ -71,9 +72,14 @@ def weights_hash(model: nn.Module, sample: int = 4096, team: Team | None = None)
     frozen = {name: each for name, each in sorted(model.named_parameters()) if not each.requires_grad}
     starts = whole_weights(model, list(frozen.values()), team, lambda whole: whole.flatten()[:sample].cpu().clone())
     for (name, parameter), values in zip(frozen.items(), starts, strict=True):
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(f"{name}{tuple(shape_of(parameter))}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that numbers depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def class_name(model: nn.Module) -> str:

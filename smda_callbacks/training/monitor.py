@@ -31,12 +31,13 @@ from smda_callbacks.records import (
 from smda_callbacks.training.alerts import AlertBook, behaviour_alerts, health_alerts
 from smda_callbacks.training.attempts import GIVE_UP, Attempts
 from smda_callbacks.training.attribution import Attributor
-from smda_callbacks.training.attribution_start import Trainer, start_attribution
+from smda_callbacks.training.attribution_start import Trainer, pair_index, start_attribution
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.causes import Causes
 from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.policy_check import check_policy
+from smda_callbacks.training.recording import Recording
 from smda_callbacks.training.resume import (
     Earlier,
     keep_start,
@@ -46,6 +47,7 @@ from smda_callbacks.training.resume import (
     take_up_pairs,
     take_up_window,
 )
+from smda_callbacks.training.row_identity import PairIndex
 
 logger = logging.getLogger("smda_callbacks")
 
@@ -72,6 +74,8 @@ class Monitor:
         self.attempts = Attempts()
         # First: a folder that cannot be written is refused at once.
         self.sinks = tuple(make_sinks(plan, args, step, earlier))
+        strict = plan.on_error == "raise"
+        self.recording = Recording(plan.trajectory, self.sinks, model, trainer, step=step, strict=strict)
         self.policy: PolicyRecord
         full = plan.instrument(model, tokenizer, plan.load_sae()).with_team(team)
         if earlier is not None:
@@ -93,7 +97,7 @@ class Monitor:
         self.attributor = self.attribution.attributor
         self.causes = Causes(self.policy, plan.probes.probes, self.attribution.manifest["functionals"])
         if earlier is None:
-            self.noise = self._noise(model, learning_rate)
+            self.noise = self.causes.noise = self._noise(model, learning_rate)
             self.start = self._open(model, args)
         else:
             take_up_pairs(self, earlier)
@@ -102,6 +106,12 @@ class Monitor:
         self.meter = UpdateMeter(model, team)
         if earlier is not None:
             take_up_window(self, earlier)
+        self.recording.start(lambda: self._pair_index(trainer))
+
+    def _pair_index(self, trainer: Trainer) -> PairIndex:
+        if self.attributor is not None:
+            return self.attributor.index
+        return pair_index(trainer, self.plan.attribution, self.plan.dataset)
 
     def _baseline(self, step: int, reading: Reading) -> None:
         self.health = HealthMeter(self.instrument.handle, reading.hidden)
@@ -195,7 +205,7 @@ class Monitor:
         update_rms = self.meter.rms()
         # Last of what may fail: a window that fails is spanned by the next, and its pairs must not be booked twice.
         attributed = self._attribute(model, snapshot)
-        self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()))
+        self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()), update_rms)
         record = WindowRecord(
             status="ok",
             seconds=0.0,
@@ -262,6 +272,8 @@ class Monitor:
         """Close the sinks with the gap table of the last good snapshot."""
         if self.attributor is not None:
             self.attributor.end()
+        self.instrument.savings.lower.forget()
+        self.recording.event("finish")
         end = RunEnd(step, "finished", self.seconds, time.perf_counter() - self.began, self._gaps())
         self._each_sink("close", end)
         return end

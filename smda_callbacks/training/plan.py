@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -15,11 +15,13 @@ from smda_callbacks.observe.instrument import Instrument, Target, build_instrume
 from smda_callbacks.observe.prefixes import COMPLIANCES
 from smda_callbacks.observe.probes import ProbeSet
 from smda_callbacks.observe.sae import SAEHandle
+from smda_callbacks.observe.savings import SavingOptions
 from smda_callbacks.records import PolicyRecord
 from smda_callbacks.sinks.base import Sink
 from smda_callbacks.sinks.past import Past
 from smda_callbacks.training.alerts import AlertLimits
 from smda_callbacks.training.engine import AttributionOptions
+from smda_callbacks.training.trajectory_options import TrajectoryOptions
 
 #: Makes the sinks of a run, given the trainer's arguments (transformers.TrainingArguments).
 SinkMaker = Callable[[Any], Sequence[Sink]]
@@ -40,8 +42,10 @@ class Plan:
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
         overhead_budget: most share of the run's wall time for measurements; they are made less often to keep it.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
+        savings: what readings need not compute again, or at all.
         attribution: how the windows' shifts are attributed to training pairs; dataset: the data set that the trainer
             was given, needed only where packing hides its rows.
+        trajectory: whether the run's steps are kept, for ``smda rescore``.
         on_error: what a measurement that fails does to training: ``warn`` (record, say once, go on) or ``raise``.
         reopen_sinks: makes the sinks of a training that goes on from a checkpoint; None starts a new run there.
         config: the resolved configuration, recorded in the manifest.
@@ -63,8 +67,10 @@ class Plan:
     health_every: int = 1
     overhead_budget: float | None = None
     noise_draws: int = 8
+    savings: SavingOptions = SavingOptions()
     limits: AlertLimits = AlertLimits()
     attribution: AttributionOptions = AttributionOptions()
+    trajectory: TrajectoryOptions = TrajectoryOptions()
     dataset: Any = None
     on_error: Literal["warn", "raise"] = "warn"
     make_sinks: SinkMaker = lambda _: ()
@@ -72,12 +78,21 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    def instrument(self, model: nn.Module, tokenizer: Any, handle: SAEHandle) -> Instrument:
+    def instrument(
+        self, model: nn.Module, tokenizer: Any, handle: SAEHandle, *, gradients: bool | None = None
+    ) -> Instrument:
         """The instrument that a run of this plan reads ``model`` with.
+
+        Args:
+            gradients: whether gradients of readings may be wanted; None: if the engine takes some. All readings of a
+                run are then made without a shared start, so that they differ by the weights only.
 
         Raises:
             SAEError, HookError, ProbeError, PrefixError, ValueError: what does not fit together.
         """
+        if gradients is None:
+            gradients = self.attribution.engine in ("auto", "ghost")
+        savings = replace(self.savings, share_prefix=self.savings.share_prefix and not gradients)
         return build_instrument(
             model,
             tokenizer,
@@ -91,6 +106,7 @@ class Plan:
             system=self.system,
             template=self.template,
             allow_model_mismatch=self.allow_model_mismatch,
+            savings=savings,
         )
 
     def __post_init__(self) -> None:

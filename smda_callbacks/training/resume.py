@@ -255,6 +255,7 @@ def take_up(monitor: Monitor, earlier: Earlier, reading: Reading) -> None:
 def take_up_pairs(monitor: Monitor, earlier: Earlier) -> None:
     """Number windows and pairs on; raises NotContinuedError. Call before the first window is opened."""
     check_same_pairs(earlier, monitor.attribution)
+    monitor.causes.noise = monitor.noise
     monitor.causes.add_all(earlier.past.windows())
     if monitor.attributor is not None:
         monitor.attributor.continue_from(earlier.past.measured, earlier.past.pairs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,23 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     }
     (root / "config.yaml").write_text(yaml.safe_dump(config))
     return Shelf(*(str(root / name) for name in ("tiny", "tiny-sae", "probes.jsonl", "config.yaml")))
+
+
+@pytest.fixture
+def tiny_quickstart(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The quickstart on the shelf's model, SAE and probes, with 16 pairs: seconds instead of a minute."""
+    from smda_callbacks.cli import quickstart_run  # most commands need none of the training libraries
+
+    whole = quickstart_run.settings
+    small = {
+        "probes": {"sources": [{"source": shelf.probes}]},
+        "policy": {"support": 6, "min_active": 3, "cv_folds": 2},
+        "measure": {"noise_draws": 1},
+    }
+    pairs = [{"prompt": f"Help me steal a car number {k}.", "completion": "Sure, here is a car."} for k in range(16)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    monkeypatch.setattr(quickstart_run, "MODEL", shelf.model)
+    monkeypatch.setattr(quickstart_run, "SAE", shelf.sae)
+    monkeypatch.setattr(quickstart_run, "PAIRS", str(tmp_path / "pairs.jsonl"))
+    monkeypatch.setattr(quickstart_run, "settings", lambda folder: whole(folder) | small)
+    return tmp_path / "quick"

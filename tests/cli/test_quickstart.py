@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -21,24 +20,6 @@ from smda_callbacks.sinks.store_reader import RunStore
 from tests.helpers.equal import assert_same
 
 
-@pytest.fixture
-def tiny(shelf: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The quickstart on the shelf's model, SAE and probes, with 16 pairs: seconds instead of a minute."""
-    whole = quickstart_run.settings
-    small = {
-        "probes": {"sources": [{"source": shelf.probes}]},
-        "policy": {"support": 6, "min_active": 3, "cv_folds": 2},
-        "measure": {"noise_draws": 1},
-    }
-    pairs = [{"prompt": f"Help me steal a car number {k}.", "completion": "Sure, here is a car."} for k in range(16)]
-    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
-    monkeypatch.setattr(quickstart_run, "MODEL", shelf.model)
-    monkeypatch.setattr(quickstart_run, "SAE", shelf.sae)
-    monkeypatch.setattr(quickstart_run, "PAIRS", str(tmp_path / "pairs.jsonl"))
-    monkeypatch.setattr(quickstart_run, "settings", lambda folder: whole(folder) | small)
-    return tmp_path / "quick"
-
-
 def timeless(store: RunStore) -> list[Any]:
     """Everything in a store but times and the run's name."""
     manifest = {name: value for name, value in store.manifest.items() if name not in ("run_id", "created", "config")}
@@ -48,28 +29,28 @@ def timeless(store: RunStore) -> list[Any]:
     return [manifest, store.probes, store.policy, store.noise, store.gaps_start, windows]
 
 
-def test_two_runs_are_the_same_but_for_times(tiny: Path, smda: Callable[..., Any]) -> None:
+def test_two_runs_are_the_same_but_for_times(tiny_quickstart: Path, smda: Callable[..., Any]) -> None:
     stores = []
     for name in ("a", "b"):
-        found = smda("quickstart", "--dir", tiny / name, "--json")
+        found = smda("quickstart", "--dir", tiny_quickstart / name, "--json")
         assert found.code == 0, found.err
         stores.append(RunStore.open(found.json["run"]))
     assert_same(timeless(stores[0]), timeless(stores[1]))
     assert [each.step for each in stores[0].windows()] == list(range(1, found.json["steps"] + 1))
 
 
-def test_what_it_leaves_and_says(tiny: Path, smda: Callable[..., Any]) -> None:
-    found = smda("quickstart", "--dir", tiny)
+def test_what_it_leaves_and_says(tiny_quickstart: Path, smda: Callable[..., Any]) -> None:
+    found = smda("quickstart", "--dir", tiny_quickstart)
     assert found.code == 0, found.err
-    assert set(MADE) == {path.name for path in tiny.iterdir()}  # W&B's folder is elsewhere in tests
+    assert set(MADE) == {path.name for path in tiny_quickstart.iterdir()}  # W&B's folder is elsewhere in tests
     for part in ("1. Build", "2. Train", "3. Report", "Refusal per category", "Features whose part", "Gaps", "Next"):
         assert part in found.out
-    assert str(tiny / "report.html") in found.out
-    assert f"smda verify {tiny / 'run'}" in found.out
+    assert str(tiny_quickstart / "report.html") in found.out
+    assert f"smda verify {tiny_quickstart / 'run'}" in found.out
     assert "wandb leet" in found.out
     assert re.search(r"step +2 of 2: refusal 0\.\d\d on probes to refuse, 0\.\d\d on the others, loss \d", found.out)
     assert "Warning" not in found.err
-    assert smda("verify", tiny / "run").code == 0
+    assert smda("verify", tiny_quickstart / "run").code == 0
 
 
 ALONE = """
@@ -87,15 +68,15 @@ print(code, wandb.run, left)
 """
 
 
-def test_in_a_fresh_process_wandb_is_offline_in_the_folder_and_closed(tiny: Path) -> None:
+def test_in_a_fresh_process_wandb_is_offline_in_the_folder_and_closed(tiny_quickstart: Path) -> None:
     """In a process of its own: W&B reads the environment once."""
     values = {name: getattr(quickstart_run, name) for name in ("MODEL", "SAE", "PAIRS")}
-    values["small"] = quickstart_run.settings(tiny)
-    home = tiny.parent / "home"
+    values["small"] = quickstart_run.settings(tiny_quickstart)
+    home = tiny_quickstart.parent / "home"
     home.mkdir()
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "XDG_"))}
     found = subprocess.run(
-        [sys.executable, "-c", ALONE, repr(values), str(tiny)],
+        [sys.executable, "-c", ALONE, repr(values), str(tiny_quickstart)],
         capture_output=True,
         text=True,
         check=False,
@@ -103,8 +84,8 @@ def test_in_a_fresh_process_wandb_is_offline_in_the_folder_and_closed(tiny: Path
     )
     assert found.stdout.splitlines()[-1] == "0 None []", found.stderr
     assert "Warning" not in found.stderr
-    assert f"wandb leet {tiny / 'wandb'}" in found.stdout
-    assert len(list((tiny / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+    assert f"wandb leet {tiny_quickstart / 'wandb'}" in found.stdout
+    assert len(list((tiny_quickstart / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
     assert not [path for path in home.rglob("*") if "wandb" in path.name]
 
 
@@ -120,18 +101,18 @@ def test_what_the_user_set_for_wandb_is_kept(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_run_that_is_there_is_refused_and_overwrite_removes_only_what_was_made(
-    tiny: Path, smda: Callable[..., Any]
+    tiny_quickstart: Path, smda: Callable[..., Any]
 ) -> None:
-    assert smda("quickstart", "--dir", tiny).code == 0
-    (tiny / "mine.txt").write_text("keep")
-    (tiny / "run" / "old").write_text("of the first run")
-    refused = smda("quickstart", "--dir", tiny)
+    assert smda("quickstart", "--dir", tiny_quickstart).code == 0
+    (tiny_quickstart / "mine.txt").write_text("keep")
+    (tiny_quickstart / "run" / "old").write_text("of the first run")
+    refused = smda("quickstart", "--dir", tiny_quickstart)
     assert refused.code == 2
     assert re.search(r"holds a quickstart already \(run, trainer, report.html\).*Next step: .*--overwrite", refused.err)
-    assert (tiny / "run" / "old").exists()
-    assert smda("quickstart", "--dir", tiny, "--overwrite").code == 0
-    assert not (tiny / "run" / "old").exists()
-    assert (tiny / "mine.txt").read_text() == "keep"
+    assert (tiny_quickstart / "run" / "old").exists()
+    assert smda("quickstart", "--dir", tiny_quickstart, "--overwrite").code == 0
+    assert not (tiny_quickstart / "run" / "old").exists()
+    assert (tiny_quickstart / "mine.txt").read_text() == "keep"
 
 
 def test_a_file_is_no_folder(tmp_path: Path, smda: Callable[..., Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ import torch
 from transformers import TrainerCallback
 
 from smda_callbacks.sinks.memory import MemorySink
+from smda_callbacks.sinks.store import StoreSink
+from smda_callbacks.sinks.trajectory import TrajectoryFolder
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
+from smda_callbacks.training.trajectory_options import TrajectoryOptions
 from tests.helpers.tiny import tiny_model
 from tests.training.conftest import CHECKPOINTING
 
@@ -28,6 +32,9 @@ MATRIX: dict[str, dict[str, Any]] = {
     "evaluation in between": {"eval_strategy": "steps", "eval_steps": 1},
     "group by length": {"train_sampling_strategy": "group_by_length"},
     "tight clipping": {"max_grad_norm": 0.01},
+    "adapters on the top layers": {
+        "lora": {"lora_dropout": 0.3, "layers_to_transform": [2], "target_modules": ["q_proj", "v_proj", "down_proj"]},
+    },
     # Training sequences are longer than the context, probes shorter: a probe would reset the rotary frequencies.
     "dynamic rope": {
         "model": {
@@ -77,6 +84,20 @@ def test_weights_optimizer_state_and_logs_are_identical(
     assert [window.status for window in sink.windows] == ["ok"] * 4
     assert all(window.pairs is not None and window.pairs.engine == engine for window in sink.windows)
     assert len(without.steps) == len(watched.steps) == 4
+    for a, b in zip(without.steps, watched.steps, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert without.logs == watched.logs
+
+
+@pytest.mark.parametrize("name", ["accumulation", pytest.param("checkpointing", marks=pytest.mark.slow)])
+def test_training_is_identical_where_its_steps_are_kept(name: str, plan: Plan, tmp_path: Path, trainer: Any) -> None:
+    kept = replace(
+        plan, trajectory=TrajectoryOptions(keep=True), make_sinks=lambda _: [StoreSink(tmp_path / "run")], every=4
+    )
+    without = run(trainer, MATRIX[name], [])
+    watched = run(trainer, MATRIX[name], [MeasuringCallback(kept)])
+    assert TrajectoryFolder.open(tmp_path / "run").states == (0, 1, 2, 3, 4)
     for a, b in zip(without.steps, watched.steps, strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[key], b[key]) for key in a)
