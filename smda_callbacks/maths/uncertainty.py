@@ -14,6 +14,10 @@ from smda_callbacks.maths.pathways import State, check_states, split_shift
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 
+#: Split-half reliability below which a part of a shift is not read feature by feature. At 1/3 the reliability of all
+#: probes is 1/2 (Spearman-Brown): as much signal as noise, and the sign of a normal shift right three times in four.
+LEAST_RELIABILITY = 1 / 3
+
 #: A spread below this, relative to the largest behaviour, is rounding and not a shift.
 ROUNDING = 1e-12
 
@@ -132,6 +136,11 @@ def split_half_reliability(
     ]
     tiny = ROUNDING * np.maximum(np.abs(before.y), np.abs(after.y)).max(axis=0)  # [behaviour]
     return {part: _mean_correlation(values, parts[1][part], tiny) for part, values in parts[0].items()}
+
+
+def is_reliable(reliability: float | None) -> bool:
+    """Whether a split-half reliability is LEAST_RELIABILITY or more; what is not known is not held against a shift."""
+    return reliability is None or reliability >= LEAST_RELIABILITY
 
 
 def _mean_correlation(first: Array, second: Array, tiny: Array) -> float | None:

@@ -12,15 +12,18 @@ import plotly.graph_objects as go
 from smda_callbacks.report import figures as f
 from smda_callbacks.report.data import TIMES, RunData, behaviour_floors
 from smda_callbacks.report.markup import fixed, signed
+from smda_callbacks.report.shifts import categories_above
 from smda_callbacks.report.waterfall import Bar
 
 
 def category_lines(data: RunData, behaviour: int) -> go.Figure:
     """Mean behaviour of every category over steps; the most changed are coloured, the means over groups bold."""
     means = data.means[:, :, behaviour]
-    order = np.argsort(-np.abs(means[-1] - means[0]), kind="stable").tolist()
+    strong = categories_above(data, behaviour)
+    # Those that changed by more than their noise first: only they are coloured.
+    order = np.lexsort((-np.abs(means[-1] - means[0]), ~strong)).tolist()
     traces = [
-        *(_category_line(data, means, c, rank) for rank, c in reversed(list(enumerate(order)))),
+        *(_category_line(data, means, c, rank, bool(strong[c])) for rank, c in reversed(list(enumerate(order)))),
         *(_group_line(data, group, values[:, behaviour]) for group, values in data.group_means.items()),
     ]
     return f.figure(
@@ -33,8 +36,8 @@ def category_lines(data: RunData, behaviour: int) -> go.Figure:
     )
 
 
-def _category_line(data: RunData, means: np.ndarray, category: int, rank: int) -> go.Scatter:
-    name, highlighted = data.categories[category], rank < len(f.HIGHLIGHTS)
+def _category_line(data: RunData, means: np.ndarray, category: int, rank: int, strong: bool) -> go.Scatter:
+    name, highlighted = data.categories[category], strong and rank < len(f.HIGHLIGHTS)
     colour, symbol = f.HIGHLIGHTS[rank] if highlighted else (f.MUTED, "circle")
     points = means[:, category]
     return go.Scatter(
@@ -82,10 +85,15 @@ def change_arrows(data: RunData, behaviour: int) -> go.Figure:
     limit = None if floors is None else TIMES * floors[-1][order, behaviour]
     hover = _change_hover(names, start, end, limit)
     traces: list[Any] = [] if limit is None else [_floor_bars(names, start, limit)]
-    traces += [_arrow(names, start, end, rising) for rising in (False, True)]
+    strong = categories_above(data, behaviour)[order]
+    traces += [_arrow(names, start, end, rising, strong) for rising in (False, True)]
+    if not strong.all():
+        traces.append(_arrow(names, start, end, None, strong))
     ring = {"symbol": "circle", "size": 10, "color": f.PAPER, "line": {"width": 1.8, "color": f.INK}}
     traces.append(_points("start", names, start, hover, ring))
-    colours = [f.RISE if rising else f.FALL for rising in end >= start]
+    colours = [
+        (f.RISE if rising else f.FALL) if known else f.MUTED for rising, known in zip(end >= start, strong, strict=True)
+    ]
     traces.append(_points("end", names, end, hover, {"symbol": "circle", "size": 11, "color": colours}))
     return f.figure(
         traces,
@@ -110,15 +118,17 @@ def _floor_bars(names: list[str], start: np.ndarray, limit: np.ndarray) -> go.Ba
     )
 
 
-def _arrow(names: list[str], start: np.ndarray, end: np.ndarray, rising: bool) -> go.Scatter:
+def _arrow(names: list[str], start: np.ndarray, end: np.ndarray, rising: bool | None, strong: np.ndarray) -> go.Scatter:
+    """The categories that rose, or fell, by more than their noise; those that did not where ``rising`` is None."""
     x: list[float | None] = []
     y: list[str | None] = []
-    for name, low, high in zip(names, start.tolist(), end.tolist(), strict=True):
-        if (high >= low) == rising:
+    for name, low, high, known in zip(names, start.tolist(), end.tolist(), strong.tolist(), strict=True):
+        if (known and (high >= low) == rising) or (not known and rising is None):
             x += [low, high, None]
             y += [name, name, None]
-    line = {"color": f.RISE if rising else f.FALL, "width": 3}
-    return go.Scatter(x=x, y=y, mode="lines", line=line, name="rise" if rising else "fall", hoverinfo="skip")
+    said = {True: ("rise", f.RISE), False: ("fall", f.FALL), None: ("not above noise", f.MUTED)}
+    title, colour = said[rising]
+    return go.Scatter(x=x, y=y, mode="lines", line={"color": colour, "width": 3}, name=title, hoverinfo="skip")
 
 
 def _points(name: str, names: list[str], at: np.ndarray, hover: list[str], marker: dict[str, Any]) -> go.Scatter:
@@ -141,15 +151,21 @@ def _change_hover(names: list[str], start: np.ndarray, end: np.ndarray, limit: n
     ]
 
 
-def waterfall(bars: Sequence[Bar], unit: str) -> go.Figure:
-    """Diamonds for start and end, and bars between them that each begin where the one before stopped."""
+def waterfall(bars: Sequence[Bar], unit: str, *, limit: float = 0.0) -> go.Figure:
+    """Diamonds for start and end, and bars between them that each begin where the one before stopped.
+
+    ``limit``: a change that is not larger is grey, and so is all of a change that as a whole is not.
+    """
     names = [f.safe(bar.label) for bar in bars]
     tops = _running(bars)
     room = 0.16 * (max(tops) - min(tops)) or 0.05
-    decimals = _decimals(bars)
+    decimals, strong = _decimals(bars), abs(bars[-1].value - bars[0].value) > limit
     inner = list(zip(bars, names, tops, strict=True))[1:-1]
     return f.figure(
-        [*(_change_bar(*each, decimals) for each in inner), _ends(bars, names, decimals)],
+        [
+            *(_change_bar(*each, decimals, limit if strong else math.inf) for each in inner),
+            _ends(bars, names, decimals),
+        ],
         height=100 + 27 * len(bars),
         xaxis={"title": {"text": unit}, "range": [min(tops) - room, max(tops) + room]},
         yaxis=f.names_axis(names),
@@ -165,8 +181,8 @@ def _decimals(bars: Sequence[Bar]) -> int:
     return max(3, 1 - math.floor(math.log10(largest))) if largest > 0 else 3
 
 
-def _change_bar(bar: Bar, name: str, top: float, decimals: int) -> go.Bar:
-    colour = f.RISE if bar.value >= 0 else f.FALL
+def _change_bar(bar: Bar, name: str, top: float, decimals: int, limit: float) -> go.Bar:
+    colour = f.MUTED if abs(bar.value) < limit else f.RISE if bar.value >= 0 else f.FALL
     marker: dict[str, Any] = {"color": colour, "line": {"width": 0}}
     if bar.kind == "residual":
         marker["pattern"] = {"shape": "/", "bgcolor": colour, "fgcolor": f.PAPER}

@@ -103,7 +103,7 @@ def feature_bars(data: RunData, shifts: Sequence[FeatureShift]) -> go.Figure:
 
 def _part_bars(names: list[str], shifts: Sequence[FeatureShift], part: str, strong: bool) -> go.Bar:
     """The bars of the features whose ``part`` is above its noise floor, or those of the others."""
-    note = "" if strong else "<br>below its noise floor"
+    note = "" if strong else "<br>below its noise floor, or not reliable"
     return go.Bar(
         y=names,
         x=[each.shifts[part] if each.above.get(part, True) == strong else None for each in shifts],

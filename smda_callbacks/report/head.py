@@ -9,6 +9,7 @@ from smda_callbacks.report import tables
 from smda_callbacks.report.audit_verdict import audit_facts, audit_tiles
 from smda_callbacks.report.data import RunData, missed
 from smda_callbacks.report.markup import NONE, Html, count, element, fixed, join, number, signed
+from smda_callbacks.report.shifts import categories_above
 from smda_callbacks.report.verdict import probes_to, verdict, worst_category
 from smda_callbacks.sinks.unattributed import unattributed_sentence
 
@@ -55,7 +56,8 @@ def tiles(data: RunData, behaviour: int) -> Html:
     if data.ok:
         worst = worst_category(data, behaviour)
         start, end = (float(data.means[record, worst, behaviour]) for record in (0, -1))
-        found.append(_change_tile(f"worst: {data.categories[worst]}", start, end, data.unit))
+        strong = bool(categories_above(data, behaviour)[worst])
+        found.append(_change_tile(f"worst: {data.categories[worst]}", start, end, data.unit, strong=strong))
     return element("div", *found, *_trust_tiles(data, behaviour), class_="tiles")
 
 
@@ -70,14 +72,14 @@ def _trust_tiles(data: RunData, behaviour: int) -> list[Html]:
     return found
 
 
-def _change_tile(title: str, start: float, end: float, unit: str) -> Html:
-    return _tile(title, f"{fixed(start)} → {fixed(end)}", f"{signed(end - start)} ({unit})")
+def _change_tile(title: str, start: float, end: float, unit: str, *, strong: bool = True) -> Html:
+    note = f"{signed(end - start)} ({unit})" + ("" if strong else ", not above noise")
+    return _tile(title, f"{fixed(start)} → {fixed(end)}", note, weak=not strong)
 
 
-def _tile(title: str, value: str, note: str) -> Html:
-    return element(
-        "div", element("div", title, class_="quiet", title=title), element("strong", value), element("div", note)
-    )
+def _tile(title: str, value: str, note: str, *, weak: bool = False) -> Html:
+    head = element("div", title, class_="quiet", title=title)
+    return element("div", head, element("strong", value), element("div", note), class_="weak" if weak else None)
 
 
 def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:

@@ -10,15 +10,15 @@ import numpy as np
 from smda_callbacks.maths.formula import format_policy
 from smda_callbacks.records import PairBook
 from smda_callbacks.report import figures_behaviour, figures_health, figures_policy, tables, texts, texts_pairs
-from smda_callbacks.report.data import RunData, gaps_now
+from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, gaps_now
 from smda_callbacks.report.gap_pairs import pairs_behind_gaps
 from smda_callbacks.report.head import head
 from smda_callbacks.report.markup import Html, count, element, fixed, join, number, percent, token
 from smda_callbacks.report.pairs_data import has_pairs, pair_data
-from smda_callbacks.report.section import Page, Section, feature_warning, say
+from smda_callbacks.report.section import Page, Section, feature_warning, say, unreliable_note
 from smda_callbacks.report.sections_groups import groups_section, interference_section
 from smda_callbacks.report.sections_pairs import ledger_section, pairs_section
-from smda_callbacks.report.shifts import FeatureShift, feature_shifts
+from smda_callbacks.report.shifts import FeatureShift, categories_above, feature_shifts
 from smda_callbacks.report.verdict import sae_sentence
 from smda_callbacks.report.waterfall import bars_by_feature, bars_by_row, most_changed
 
@@ -68,7 +68,8 @@ def _features_of(page: Page, m: int) -> Html:
     noise = texts.FEATURES_UNKNOWN
     if data.noise is not None:
         above = sum(each.any_above for each in shifts)
-        noise = texts.FEATURES_ABOVE.format(above=above, features=count(len(shifts), "feature"))
+        features = count(len(shifts), "feature")
+        noise = texts.FEATURES_ABOVE.format(above=above, features=features, unreliable=unreliable_note(data))
     said = say(texts.FEATURES, unit=data.unit, noise=noise)
     return join([said, _feature_chart(page, m, shifts), tables.feature_table(data, shifts)])
 
@@ -88,10 +89,11 @@ def _waterfall(page: Page) -> Html:
 
 def _waterfall_of(page: Page, m: int) -> Html:
     data, chosen = page.data, most_changed(page.data, m)
-    unit = figures_behaviour.axis_title(data, m)
+    unit, floors = figures_behaviour.axis_title(data, m), behaviour_floors(data)
     for c in range(len(data.categories)):
-        page.figures[f"waterfall-{m}-{c}-feature"] = figures_behaviour.waterfall(bars_by_feature(data, c, m), unit)
-        page.figures[f"waterfall-{m}-{c}-row"] = figures_behaviour.waterfall(bars_by_row(data, c, m), unit)
+        limit = 0.0 if floors is None else TIMES * float(floors[-1, c, m])
+        for view, bars in (("feature", bars_by_feature(data, c, m)), ("row", bars_by_row(data, c, m))):
+            page.figures[f"waterfall-{m}-{c}-{view}"] = figures_behaviour.waterfall(bars, unit, limit=limit)
     order = np.argsort(-np.abs(data.means[-1, :, m] - data.means[0, :, m]), kind="stable").tolist()
     categories = [_category_option(data, c, m, chosen) for c in order]
     views = [element("option", f"by {view}", value=view) for view in ("feature", "row")]
@@ -109,6 +111,7 @@ def _waterfall_of(page: Page, m: int) -> Html:
 def _category_option(data: RunData, category: int, m: int, chosen: int) -> Html:
     start, end = (float(data.means[record, category, m]) for record in (0, -1))
     title = f"{figures_behaviour.category_title(data, category)}: {fixed(start)} → {fixed(end)}"
+    title += "" if categories_above(data, m)[category] else ", not above noise"
     return element("option", title, value=category, selected=category == chosen)
 
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from smda_callbacks.maths.uncertainty import above_floor
-from smda_callbacks.records import PATHWAYS, Array
-from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, coef_of, refuse_audit
+from smda_callbacks.maths.pathways import State
+from smda_callbacks.maths.uncertainty import above_floor, is_reliable, split_half_reliability
+from smda_callbacks.records import PATHWAYS, Array, WindowRecord
+from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, behaviour_floors, coef_of, refuse_audit
 from smda_callbacks.report.markup import token
 
 
@@ -17,7 +19,8 @@ from smda_callbacks.report.markup import token
 class FeatureShift:
     """What a run did to one feature's coefficient: ``shifts`` over PATHWAYS sum to ``end - start``.
 
-    ``above``: part -> whether the shift is above its noise floor; empty where the floor was not measured.
+    ``above``: part -> whether the shift is above its noise floor, and its part reliable over the run (see
+    :func:`run_reliability`); empty where the floor was not measured.
     """
 
     place: int
@@ -33,7 +36,7 @@ class FeatureShift:
 
     @property
     def any_above(self) -> bool:
-        """Above the floor in some part, or not known to be below it."""
+        """Above noise in some part, or not known to be below it."""
         return not self.above or any(self.above.values())
 
 
@@ -64,12 +67,34 @@ def norms(values: Array, behaviour: int) -> Array:
     return result
 
 
+def run_reliability(data: RunData) -> dict[str, float | None]:
+    """Part -> split-half reliability of the shift from the start of the run to its end; empty before the first window.
+
+    Not the windows' own: what adds up over a run may be far more reliable than a step of it.
+    """
+    if len(data.records) < 2:
+        return {}
+    before, after = (_state(data.records[place]) for place in (0, -1))
+    policy = data.policy
+    return split_half_reliability(before, after, scale=policy.scale, lam=policy.lam, groups=data.store.groups)
+
+
+def unreliable_parts(data: RunData) -> list[str]:
+    """The parts whose shift over the run is not to be read feature by feature."""
+    return [part for part, value in run_reliability(data).items() if not is_reliable(value)]
+
+
+def _state(record: WindowRecord) -> State:
+    assert record.snapshot is not None  # records of a run carry one
+    return State(record.snapshot.pre, record.snapshot.gate, record.snapshot.y)
+
+
 def feature_shifts(data: RunData, behaviour: int) -> list[FeatureShift]:
-    """All features, those above the noise floor first, by the size of the coefficient's change."""
+    """All features, those above noise first, by the size of the coefficient's change."""
     shifts, floors = cumulative_shifts(data), shift_floors(data)
-    start, end = coef_of(data.records[0]), coef_of(data.records[-1])
+    start, end, unreliable = coef_of(data.records[0]), coef_of(data.records[-1]), unreliable_parts(data)
     above = {
-        part: above_floor(shifts[part][-1], floor[-1], TIMES) & (len(data.ok) > 0)
+        part: above_floor(shifts[part][-1], floor[-1], TIMES) & (len(data.ok) > 0) & (part not in unreliable)
         for part, floor in (floors or {}).items()
     }
     found = [
@@ -84,6 +109,17 @@ def feature_shifts(data: RunData, behaviour: int) -> list[FeatureShift]:
         for j, feature in enumerate(data.policy.features)
     ]
     return sorted(found, key=lambda each: (not each.any_above, -abs(each.total)))
+
+
+def categories_above(data: RunData, behaviour: int) -> NDArray[np.bool_]:
+    """Which categories' means changed by more than TIMES their noise floor since the start, ``[category]``.
+
+    All where the floor was not measured: nothing is known against them.
+    """
+    floors = behaviour_floors(data)
+    if floors is None:
+        return np.ones(len(data.categories), dtype=bool)
+    return above_floor(data.means[-1, :, behaviour] - data.means[0, :, behaviour], floors[-1, :, behaviour], TIMES)
 
 
 def feature_name(data: RunData, feature: int) -> str:

@@ -26,7 +26,7 @@ def feature_table(data: RunData, shifts: Sequence[FeatureShift]) -> Html:
     if not rest:
         return first
     listed = rest[: MOST - len(shown)]
-    title = f"{count(len(rest), 'further feature')}, below the noise floor or with a smaller shift"
+    title = f"{count(len(rest), 'further feature')}, not above noise or with a smaller shift"
     if len(listed) < len(rest):
         title += f"; the first {len(listed)} are listed, all are in tables/features.parquet"
     return join([first, element("details", element("summary", title), _feature_rows(data, listed))])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from smda_callbacks.maths.uncertainty import LEAST_RELIABILITY
 from smda_callbacks.report.data import TIMES
 
 NOTHING = "No window has been booked yet: there is nothing to show here."
 NO_FLOOR = "The noise floor was not measured."
 
 LINES = (
-    "Each line is the mean {behaviour} of a category's probes. The most changed categories are coloured; hover "
-    "for values, click a name in the legend to hide it, double-click to see it alone."
+    "Each line is the mean {behaviour} of a category's probes. The categories that changed most, by more than their "
+    "noise, are coloured; hover for values, click a name in the legend to hide it, double-click to see it alone."
 )
 LINES_CAPTION = (
     "Solid: categories to refuse. Dashed: to comply with. Bold: means over the probes of each group. Grey: less "
@@ -17,7 +18,9 @@ LINES_CAPTION = (
 )
 ARROWS = "The same from start to end, sorted by change. {noise}"
 ARROWS_CAPTION = "Open circle: start. Filled: end."
-BAND = f"The grey band is {TIMES:g} times the noise floor around the start: an end inside it may be chance."
+BAND = (
+    f"The grey band is {TIMES:g} times the noise floor around the start: an end inside it may be chance and is greyed."
+)
 
 PATHWAYS = (
     "How far the policy's coefficients have moved since the start, in three parts that sum to the change: ΔX "
@@ -41,11 +44,15 @@ FEATURES = (
     " the feature is one standard deviation stronger. {noise} Promoted tokens are a hint, not a measurement."
 )
 FEATURES_ABOVE = (
-    f"{{above}} of {{features}} shifted by more than {TIMES:g} times the noise floor in some part; the others, and"
-    " parts below it, are greyed."
+    f"{{above}} of {{features}} shifted by more than {TIMES:g} times the noise floor in some part that is reliable; the"
+    " others, and parts below it, are greyed.{unreliable}"
 )
 FEATURES_UNKNOWN = f"{NO_FLOOR} Nothing is greyed, and nothing is known to be above chance."
-FEATURES_CAPTION = "Parts stacked; the upright stroke is their sum. Pale: below the noise floor."
+FEATURES_UNRELIABLE = (
+    " Greyed whatever the size, because another half of the probes says otherwise: {parts} (correlation between the "
+    f"halves; {LEAST_RELIABILITY:.2f} is needed)."
+)
+FEATURES_CAPTION = "Parts stacked; the upright stroke is their sum. Pale: below the noise floor, or not reliable."
 
 WATERFALL = (
     "Read from top to bottom: from the category's mean at the start to its mean at the end. A feature's bar is "
@@ -53,7 +60,8 @@ WATERFALL = (
     "the policy cannot express; the intercept is what moved on harmless prompts too. The bars close exactly."
 )
 WATERFALL_CAPTION = (
-    "Diamonds: means at start and end. Blue: toward more of the behaviour. Orange: toward less. Hatched: residual."
+    "Diamonds: means at start and end. Blue: toward more of the behaviour. Orange: toward less. Grey: not more than "
+    f"{TIMES:g} times the noise floor of the category's change. Hatched: residual."
 )
 
 GAPS = (

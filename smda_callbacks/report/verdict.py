@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from smda_callbacks.maths.uncertainty import LEAST_RELIABILITY
 from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, Array
 from smda_callbacks.report.audit_verdict import audit_verdict
 from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, missed
 from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import count, fixed, number, percent, signed
-from smda_callbacks.report.shifts import cumulative_shifts, norms, shift_floors
+from smda_callbacks.report.shifts import cumulative_shifts, norms, run_reliability, shift_floors, unreliable_parts
 from smda_callbacks.report.waterfall import most_changed
 
 #: Smaller changes of a mean are said to be none.
@@ -122,14 +123,19 @@ def noise_sentence(data: RunData, behaviour: int) -> str:
 
 
 def reliability_sentence(data: RunData) -> str:
-    """Median over windows of the split-half reliability: above the floor and near 0 here is still not to be read."""
-    said = []
+    """Split-half reliability of the run's shift, and of a window's in the median; which parts are not to be read."""
+    whole, said, greyed = run_reliability(data), [], unreliable_parts(data)
     for part in PATHWAYS:
         values = [value for window in data.ok if (value := window.reliability.get(part)) is not None]
-        said.append(f"{PART_NAMES[part]} {fixed(float(np.median(values)) if values else None)}")
+        median = fixed(float(np.median(values)) if values else None)
+        said.append(f"{PART_NAMES[part]} {fixed(whole.get(part))} ({median})")
+    rest = "every part may be read"
+    if greyed:
+        rest = f"{', '.join(PART_NAMES[part] for part in greyed)} may not be read and is greyed"
     return (
-        f"Reliability of a window's shift between two halves of the probes, in the median: {', '.join(said)}. Near 0, "
-        "which features shifted depends on the probes, whatever the noise floor says."
+        f"Reliability of the run's shift between two halves of the probes (and a window's, in the median): "
+        f"{', '.join(said)}. Below {LEAST_RELIABILITY:.2f}, which features shifted depends on the probes, whatever the "
+        f"noise floor says: {rest}."
     )
 
 

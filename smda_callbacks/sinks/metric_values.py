@@ -27,12 +27,15 @@ class Progress:
     """What a run has come to: its last ok record, and sums since the start.
 
     ``total``: shifts, part of PATHWAYS -> ``[feature, behaviour]``, coefficient units. ``pairs``: what pairs did; None
-    where nothing is attributed to them.
+    where nothing is attributed to them. ``windows``: that were ok; ``squares``: of the sizes of their updates, summed,
+    (root mean square change per trained weight) squared.
     """
 
     last: WindowRecord
     total: Mapping[str, Array]
     pairs: PairTotals | None = None
+    windows: int = 0
+    squares: float = 0.0
 
     @classmethod
     def at(cls, start: RunStart) -> Progress:
@@ -46,7 +49,7 @@ class Progress:
         if window.status != "ok":
             return replace(self, pairs=pairs)
         total = {part: total + window.shift.get(part, 0.0) for part, total in self.total.items()}
-        return Progress(window, total, pairs)
+        return Progress(window, total, pairs, self.windows + 1, self.squares + window.update_rms**2)
 
     @cached_property
     def pair_table(self) -> PairTable | None:
@@ -89,12 +92,16 @@ def numbers(labels: Iterable[str], names: list[str]) -> NDArray[np.int64]:
     return np.array([names.index(label) for label in labels], dtype=np.int64)
 
 
+def groups_of_probes(start: RunStart) -> NDArray[np.int64]:
+    """Category number of every probe, ``[probe]``."""
+    return numbers((probe.category for probe in start.probes), categories(start.probes))
+
+
 def category_means(r: Reading) -> Array | None:
     """``[behaviour, category]``"""
     if r.window.snapshot is None:
         return None
-    names = categories(r.start.probes)
-    return mean_by_group(r.window.snapshot.y, numbers((probe.category for probe in r.start.probes), names)).T
+    return mean_by_group(r.window.snapshot.y, groups_of_probes(r.start)).T
 
 
 def category_changes(r: Reading) -> Array | None:

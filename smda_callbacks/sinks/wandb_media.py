@@ -68,19 +68,19 @@ MEDIA: tuple[Medium, ...] = (
     ),
     Medium(
         "smda/plots/feature_shift",
-        "the features whose magnitude shift since the start is largest, first behaviour",
+        "the features whose magnitude shift since the start is largest and above noise, first behaviour",
         _textless(tables.feature_bars),
         is_plot=True,
     ),
     Medium(
         "smda/plots/category_change",
-        "change of every category since the start, first behaviour",
+        "change of every category since the start, where it is above noise, first behaviour",
         _textless(tables.category_bars),
         is_plot=True,
     ),
     Medium(
         "smda/plots/pair_effect",
-        "the largest effects of training pairs on harmful refusal",
+        "the largest effects of training pairs on harmful refusal, those above noise",
         _textless(pair_tables.effect_bars),
         is_plot=True,
         known=has_ledger,

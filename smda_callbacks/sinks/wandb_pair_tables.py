@@ -38,11 +38,17 @@ def shares_table(start: RunStart, progress: Progress, log_text: LogText) -> Tabl
 
 
 def effect_bars(start: RunStart, progress: Progress) -> Table:
-    """The largest effects on harmful refusal, by row number; by the pair's own number where no row is known."""
-    found = _ranked(start, progress, "effect", MAX_BARS)
+    """The largest effects on harmful refusal, by row number; by the pair's own number where no row is known.
+
+    Those that are not above noise are left out; all are shown where the noise was not measured.
+    """
+    found = _ranked(start, progress, "effect", None)
     if found is None:
         return Table(("pair", "effect"), ())
     table, place, order = found
+    if table.floor is not None:  # where a pair's floor is not known, its effect is not known to be above
+        order = [row for row in order if _judged(table, row, place)[0]]
+    order = order[:MAX_BARS]
     values = [(table.pairs[row], finite(table.effect[row, place])) for row in order]
     return Table(
         ("pair", "effect"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, WindowRecord
+from smda_callbacks.sinks.above_noise import categories_above, features_above
 from smda_callbacks.sinks.metric_values import Progress, Reading, categories, category_means, shift_floor
 from smda_callbacks.sinks.wandb_private import LogText, shown_text
 
@@ -30,8 +31,11 @@ class Table:
 
 
 def categories_table(start: RunStart, progress: Progress) -> Table:
-    """One row per category and behaviour: mean at the start and now, and the last window's account."""
-    names = categories(start.probes)
+    """One row per category and behaviour: mean at the start and now, and the last window's account.
+
+    ``above_noise``: whether the change is more than twice its noise floor.
+    """
+    names, above = categories(start.probes), categories_above(start, progress)
     before, now = _means(start, start.baseline), _means(start, progress.last)
     rows = []
     for c, name in enumerate(names):
@@ -39,15 +43,19 @@ def categories_table(start: RunStart, progress: Progress) -> Table:
         for m, behaviour in enumerate(start.policy.behaviours):
             account = [_at(progress.last.account.get(row), c, m) for row in ROWS]
             means = [finite(before[m, c]), finite(now[m, c]), finite(now[m, c] - before[m, c])]
+            noticed = None if above is None else bool(above[m, c])
             expected = "/".join(sorted({probe.expected for probe in members}))
-            rows.append((name, expected, len(members), behaviour, *means, *account))
-    head = ("category", "expected", "probes", "behaviour", "mean_start", "mean", "change")
+            rows.append((name, expected, len(members), behaviour, *means, noticed, *account))
+    head = ("category", "expected", "probes", "behaviour", "mean_start", "mean", "change", "above_noise")
     return Table((*head, *(f"window_{row}" for row in ROWS)), tuple(rows))
 
 
 def features_table(start: RunStart, progress: Progress) -> Table:
-    """One row per feature and behaviour, by the change of the coefficient since the start, largest first."""
-    policy, last = start.policy, progress.last
+    """One row per feature and behaviour, by the change of the coefficient since the start, largest first.
+
+    ``run_above_noise``: the parts whose shift since the start is above noise (:mod:`smda_callbacks.sinks.above_noise`).
+    """
+    policy, last, run = start.policy, progress.last, features_above(start, progress)
     above = _above_floor(start, last)
     words = {label.feature: label for label in policy.labels}
     rows = []
@@ -57,13 +65,14 @@ def features_table(start: RunStart, progress: Progress) -> Table:
         window = [_at(last.shift.get(part), j, m) for part in PATHWAYS]
         coefs = [_at(start.baseline.coef, j, m), _at(last.coef, j, m)]
         noticed = None if above is None else bool(above[j, m])
+        strong = None if run is None else ", ".join(part for part in PATHWAYS if run[part][j, m])
         known = (label.label or "", ", ".join(label.promoted)) if label else ("", "")
         name = policy.behaviours[m]
-        rows.append((str(policy.features[j]), name, *coefs, *parts, *window, noticed, *known))
+        rows.append((str(policy.features[j]), name, *coefs, *parts, *window, noticed, strong, *known))
     head = ("feature", "behaviour", "coef_start", "coef")
-    tail = ("window_above_floor", "label", "promoted")
-    run, recent = (f"run_{part}" for part in PATHWAYS), (f"window_{part}" for part in PATHWAYS)
-    return Table((*head, *run, *recent, *tail), tuple(rows))
+    tail = ("window_above_floor", "run_above_noise", "label", "promoted")
+    whole, recent = (f"run_{part}" for part in PATHWAYS), (f"window_{part}" for part in PATHWAYS)
+    return Table((*head, *whole, *recent, *tail), tuple(rows))
 
 
 def probes_table(start: RunStart, progress: Progress, log_text: LogText) -> Table:
@@ -88,17 +97,20 @@ def gaps_table(gaps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def feature_bars(start: RunStart, progress: Progress) -> Table:
-    """The largest magnitude shifts since the start, first behaviour."""
-    shift = progress.total[PATHWAYS[0]][:, :1]
-    chosen = [j for j, _ in _largest_first(shift)][:MAX_BARS]
+    """The largest magnitude shifts since the start, first behaviour; those that are not above noise left out."""
+    shift, above = progress.total[PATHWAYS[0]][:, :1], features_above(start, progress)
+    strong = np.ones(len(shift), dtype=bool) if above is None else above[PATHWAYS[0]][:, 0]
+    chosen = [j for j, _ in _largest_first(shift) if strong[j]][:MAX_BARS]
     return Table(("feature", "shift"), tuple((str(start.policy.features[j]), _at(shift, j, 0)) for j in chosen))
 
 
 def category_bars(start: RunStart, progress: Progress) -> Table:
-    """Change of every category since the start, first behaviour."""
+    """Change of every category since the start, first behaviour; those that are not above noise left out."""
     change = _means(start, progress.last)[0] - _means(start, start.baseline)[0]
-    pairs = zip(categories(start.probes), change, strict=True)
-    return Table(("category", "change"), tuple((name, finite(value)) for name, value in pairs))
+    above = categories_above(start, progress)
+    strong = np.ones(len(change), dtype=bool) if above is None else above[0]
+    rows = zip(categories(start.probes), change, strong, strict=True)
+    return Table(("category", "change"), tuple((name, finite(value)) for name, value, known in rows if known))
 
 
 def _means(start: RunStart, window: WindowRecord) -> Array:

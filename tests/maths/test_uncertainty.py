@@ -11,8 +11,10 @@ from scipy.stats import norm
 
 from smda_callbacks.maths.pathways import State, split_shift
 from smda_callbacks.maths.uncertainty import (
+    LEAST_RELIABILITY,
     above_floor,
     halves,
+    is_reliable,
     rms_floor,
     split_half_reliability,
     step_floor,
@@ -204,3 +206,21 @@ def test_times_for_several_tests_is_bonferroni() -> None:
     assert np.mean(np.abs(rng.normal(size=(20_000, 5))).max(axis=1) > times_for(5)) == pytest.approx(0.0455, abs=0.005)
     with pytest.raises(ValueError, match="tests is 0"):
         times_for(0)
+
+
+def test_the_least_reliability_is_where_three_signs_of_four_are_right() -> None:
+    """Normal shifts seen through normal noise of two halves: at the limit the mean of both has the sign of the truth.
+
+    That of the whole is r of the halves by Spearman-Brown; the sign agrees at 1/2 + asin(√whole)/π (Sheppard 1899).
+    """
+    rng = np.random.default_rng(0)
+    noise = np.sqrt(1 / LEAST_RELIABILITY - 1)  # of a half, where the signal has variance 1
+    signal = rng.normal(size=400_000)
+    halves_seen = signal + noise * rng.normal(size=(2, len(signal)))
+    assert np.corrcoef(halves_seen)[0, 1] == pytest.approx(LEAST_RELIABILITY, abs=0.01)
+    whole = halves_seen.mean(axis=0)
+    assert np.corrcoef(whole, signal)[0, 1] ** 2 == pytest.approx(0.5, abs=0.01)
+    assert np.mean(np.sign(whole) == np.sign(signal)) == pytest.approx(0.75, abs=0.005)
+    assert is_reliable(None)
+    assert is_reliable(LEAST_RELIABILITY)
+    assert not is_reliable(LEAST_RELIABILITY - 1e-9)

@@ -9,11 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from smda_callbacks.maths.uncertainty import step_floor
+from smda_callbacks.maths.uncertainty import halves, step_floor
 from smda_callbacks.records import FEATURE_ROWS, PATHWAYS, ROWS, FeatureLabel, SAEHealth
-from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, gaps_now, missed, run_account
+from smda_callbacks.report.data import (
+    TIMES,
+    RunData,
+    behaviour_floors,
+    gaps_now,
+    missed,
+    run_account,
+)
+from smda_callbacks.report.figures import PART_NAMES
 from smda_callbacks.report.markup import fixed, percent, signed
-from smda_callbacks.report.shifts import cumulative_shifts, feature_name, feature_shifts, norms, shift_floors
+from smda_callbacks.report.shifts import (
+    categories_above,
+    cumulative_shifts,
+    feature_name,
+    feature_shifts,
+    norms,
+    run_reliability,
+    shift_floors,
+    unreliable_parts,
+)
 from smda_callbacks.report.verdict import carried_sentence, sae_sentence, verdict, warning, worst_category
 from smda_callbacks.report.waterfall import Bar, bars_by_feature, bars_by_row, most_changed
 from smda_callbacks.sinks.store_reader import RunStore
@@ -115,9 +132,48 @@ def test_feature_shifts_split_and_sort(data: RunData) -> None:
     for each in shifts:
         assert sum(each.shifts.values()) == pytest.approx(each.end - each.start, abs=1e-12)
         for part in PATHWAYS:
-            assert each.above[part] == (abs(each.shifts[part]) > TIMES * floors[part][-1, each.place, 1])
+            above = abs(each.shifts[part]) > TIMES * floors[part][-1, each.place, 1]
+            assert each.above[part] == (above and part not in unreliable_parts(data))
     order = [(not each.any_above, -abs(each.total)) for each in shifts]
     assert order == sorted(order)
+
+
+def test_a_part_that_differs_between_halves_of_the_probes_is_greyed_whatever_its_size(tmp_path: Path) -> None:
+    """The run's last snapshot is replaced: one half of the probes answers more, the other less, by far above noise."""
+    run = make_run(features=8, windows=2)
+    side = np.zeros(len(run.start.probes))
+    side[halves(run.groups, 0)[0]] = 1.0
+    told = []
+    for sign in (1.0, -1.0):  # alike in both halves, opposed in both halves
+        last = run.windows[-1]
+        assert last.snapshot is not None
+        start = run.start.baseline.snapshot
+        assert start is not None
+        push = (start.x - start.x.mean(axis=0)) @ np.linspace(-1, 1, 8)[:, None] / 5
+        y = start.y + push * np.where(side[:, None] > 0, 1.0, sign)
+        moved = replace(last, snapshot=replace(start, step=last.step, y=y))
+        data = read(tmp_path / str(sign), replace(run, windows=(*run.windows[:-1], moved)))
+        reliability = run_reliability(data)["shift_y"]
+        assert reliability is not None
+        above = any(each.above["shift_y"] for each in feature_shifts(data, 0))
+        told.append((reliability, "shift_y" in unreliable_parts(data), above))
+    (alike, greyed, above), (opposed, greyed_too, above_too) = told
+    assert alike > 0.9
+    assert (greyed, above) == (False, True)
+    assert opposed < -0.5
+    assert (greyed_too, above_too) == (True, False)
+
+
+def test_categories_above_noise_are_those_beyond_twice_their_floor(data: RunData) -> None:
+    floors, change = behaviour_floors(data), data.means[-1] - data.means[0]
+    assert floors is not None
+    for m in range(len(data.behaviours)):
+        expected = np.abs(change[:, m]) > TIMES * floors[-1, :, m]
+        np.testing.assert_array_equal(categories_above(data, m), expected)
+
+
+def test_without_noise_no_category_is_greyed(tmp_path: Path) -> None:
+    assert categories_above(read(tmp_path, make_run(noise=False)), 0).all()
 
 
 def test_nothing_is_above_the_floor_before_the_first_window(tmp_path: Path) -> None:
@@ -212,7 +268,11 @@ def test_verdict_speaks_the_numbers(data: RunData) -> None:
     assert f"{signed(rows['residual'])} ({percent(rows['residual'] / (end - start))}) in the residual" in said
     assert "2 windows could not be measured" in text
     median = np.median([window.reliability["shift_y"] for window in data.ok])
-    assert f"ΔY {fixed(float(median))}. Near 0" in text
+    whole = run_reliability(data)["shift_y"]
+    assert f"ΔY {fixed(whole)} ({fixed(float(median))}). Below 0.33" in text
+    greyed = ", ".join(PART_NAMES[part] for part in unreliable_parts(data))
+    assert greyed
+    assert f"{greyed} may not be read and is greyed" in text
 
 
 def test_verdict_of_a_run_in_which_nothing_moved(data: RunData) -> None:

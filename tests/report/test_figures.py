@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from plotly.utils import PlotlyJSONEncoder
 from smda_callbacks.records import PATHWAYS, SAEHealth
 from smda_callbacks.report import figures, figures_behaviour, figures_health, figures_policy
 from smda_callbacks.report.data import TIMES, RunData, behaviour_floors
-from smda_callbacks.report.shifts import cumulative_shifts, feature_shifts, norms, shift_floors
-from smda_callbacks.report.waterfall import Bar, bars_by_feature
+from smda_callbacks.report.shifts import categories_above, cumulative_shifts, feature_shifts, norms, shift_floors
+from smda_callbacks.report.waterfall import Bar, bars_by_feature, bars_by_row
 from smda_callbacks.sinks.store_reader import RunStore
 from tests.helpers.runs import make_run, write_run
 
@@ -62,6 +63,41 @@ def test_arrows_lead_from_start_to_end_and_bands_are_the_floor(data: RunData) ->
         c = names.index(name)
         assert width == pytest.approx(2 * TIMES * floors[-1, c, 0])
         assert base + width / 2 == pytest.approx(data.means[0, c, 0])
+
+
+def test_what_is_not_above_noise_is_grey_in_every_figure_of_the_behaviour(tmp_path: Path) -> None:
+    """The floor is raised so that half of the categories stay below it."""
+    run = make_run(windows=4, noise=True)
+    plain = RunData.read(RunStore.open(write_run(tmp_path / "plain", run)))
+    change = np.abs(plain.means[-1] - plain.means[0])[:, 0]
+    noise, weak = run.start.noise, np.argsort(change)[: len(change) // 2]
+    assert noise is not None
+    random = np.where(np.isin(np.arange(len(change)), weak)[:, None], 1.0, 1e-9)
+    raised = replace(noise, behaviour_random=random, behaviour_rounding=np.zeros_like(random))
+    data = RunData.read(
+        RunStore.open(write_run(tmp_path / "run", replace(run, start=replace(run.start, noise=raised))))
+    )
+    strong = categories_above(data, 0)
+    assert not strong[weak].any()
+    assert strong.sum() == len(change) - len(weak)
+
+    arrows = figures_behaviour.change_arrows(data, 0)
+    colours = dict(zip(trace(arrows, "end").y, trace(arrows, "end").marker.color, strict=True))
+    lines = {name: set(trace(arrows, name).y or ()) - {None} for name in ("rise", "fall", "not above noise")}
+    drawn = figures_behaviour.category_lines(data, 0)
+    highlights = {colour for colour, _ in figures.HIGHLIGHTS}
+    for c, name in enumerate(data.categories):
+        title = figures_behaviour.category_title(data, c)
+        assert (colours[title] == figures.MUTED) == (not strong[c])
+        assert (title in lines["not above noise"]) == (not strong[c])
+        assert (trace(drawn, name).line.color in highlights) == bool(strong[c])
+        bars = bars_by_row(data, c, 0)
+        sizes = [abs(bar.value) for bar in bars[1:-1]]
+        whole = abs(bars[-1].value - bars[0].value)
+        for limit in (0.0, 0.999 * whole, 1.001 * whole):
+            drawn_bars = figures_behaviour.waterfall(bars, "", limit=limit).data[:-1]
+            grey = [bar.marker.color == figures.MUTED for bar in drawn_bars]
+            assert grey == [size < limit or whole <= limit for size in sizes]
 
 
 def test_waterfall_bars_join_and_end_at_the_end(data: RunData) -> None:

@@ -154,6 +154,18 @@ def test_records_that_a_resume_set_aside_lose_their_texts_too(tmp_path: Path) ->
     assert not [content for content in contents if TEXT in content or NOTE.encode() in content]
 
 
+@pytest.mark.parametrize("log_text", ["none", "full"])
+def test_the_trajectory_is_never_sent(tmp_path: Path, log_text: LogText) -> None:
+    run = pairs_run()
+    path = write_run(tmp_path / "run", run)
+    (path / "trajectory" / "tokenizer").mkdir(parents=True)
+    for name in ("pairs.jsonl", "step-000000001.safetensors", "tokenizer/tokenizer.json"):
+        (path / "trajectory" / name).write_bytes(b"training data")
+    names = [name for name, _ in shown_files(path, run.start.probes, log_text)]
+    assert "manifest.json" in names
+    assert not [name for name in names if "trajectory" in name]
+
+
 def test_a_damaged_record_keeps_the_whole_store_here(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run", pairs_run())
     files.step_file(path, 4).write_bytes(b"not a record, but perhaps a text")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from smda_callbacks.records import Alert
+from smda_callbacks.records import Alert, NoiseFloor
+from smda_callbacks.sinks.pair_table import pair_table
 from smda_callbacks.training.causes import MOST, Causes
 from tests.helpers.runs import Run, make_run
 
@@ -64,8 +65,89 @@ def test_windows_may_come_one_by_one(run: Run) -> None:
     at_once.add_all(run.windows)
     singly.add_all(run.windows[:2])
     for window in run.windows[2:]:
-        singly.add(window.feature_account, window.pairs, window.pairs_seen)
+        singly.add(window.feature_account, window.pairs, window.pairs_seen, window.update_rms)
     assert at_once.named(alert("fraud", -1.0)) == singly.named(alert("fraud", -1.0))
+
+
+def with_floors(run: Run, *, category: float, pair: float) -> NoiseFloor:
+    """The run's noise with floors of one size for every category, and of another for every effect of a pair."""
+    noise = run.start.noise
+    assert noise is not None
+    assert noise.functional_random is not None
+    return replace(
+        noise,
+        behaviour_random=np.full_like(noise.behaviour_random, category),
+        behaviour_rounding=np.zeros_like(noise.behaviour_rounding),
+        functional_random=np.full_like(noise.functional_random, pair),
+        functional_rounding=np.zeros_like(noise.functional_random),
+    )
+
+
+def floors_by_hand(run: Run, noise: NoiseFloor, category: str) -> tuple[float, dict[int, float]]:
+    """Of the category's change, and of every pair's effect on it as the tables of pairs have it."""
+    start = replace(run.start, noise=noise)
+    table = pair_table(start, run.windows)
+    assert table is not None
+    assert table.floor is not None
+    column = table.functionals.index(f"refusal:{category}")
+    floors = dict(zip((pair.id for pair in table.pairs), table.floor[:, column].tolist(), strict=True))
+    sizes = [window.update_rms / noise.update_rms for window in run.windows if window.status == "ok"]
+    names = list(dict.fromkeys(probe.category for probe in run.start.probes))
+    one = noise.behaviour_random[names.index(category), 0]
+    return float(one * np.sqrt(np.square(sizes).sum())), floors
+
+
+@pytest.mark.parametrize("pair", [1e-6, 1e-3, 3e-3, 1e3])
+def test_only_pairs_above_their_noise_are_named(run: Run, pair: float) -> None:
+    causes = fresh(run)
+    causes.noise = with_floors(run, category=0.0, pair=pair)
+    causes.add_all(run.windows)
+    _, floors = floors_by_hand(run, causes.noise, "fraud")
+    totals = effects_by_hand(run, "fraud")
+    strong = [number for number in totals if totals[number] < 0 and -totals[number] > 2 * floors[number]]
+    expected = sorted(strong, key=lambda number: totals[number])[:MOST]
+    assert list(causes.named(alert("fraud", -1.0)).pairs) == expected
+
+
+def test_floors_of_pairs_span_from_all_to_none(run: Run) -> None:
+    """So that the test above sees every case."""
+    named = []
+    for pair in (1e-6, 1e-3, 3e-3, 1e3):
+        causes = fresh(run)
+        causes.noise = with_floors(run, category=0.0, pair=pair)
+        causes.add_all(run.windows)
+        named.append(len(causes.named(alert("fraud", -1.0)).pairs))
+    assert named[0] > 0
+    assert named[-1] == 0
+
+
+def test_a_feature_within_the_noise_of_the_category_is_not_named(run: Run) -> None:
+    free = fresh(run)
+    free.add_all(run.windows)
+    names = list(dict.fromkeys(probe.category for probe in run.start.probes))
+    moved = sum(part[names.index("fraud"), :, 0] for window in run.windows for part in window.feature_account.values())
+    largest = -float(np.min(moved))
+    assert largest > 0
+    unit, _ = floors_by_hand(run, with_floors(run, category=1.0, pair=0.0), "fraud")
+    for share, named in ((0.49, True), (0.51, False)):  # of the contribution, twice which is the limit
+        causes = fresh(run)
+        causes.noise = with_floors(run, category=share * largest / unit, pair=0.0)
+        causes.add_all(run.windows)
+        found = causes.named(alert("fraud", -10.0))
+        assert (found.feature is not None) == named
+        assert ("most through feature" in found.message) == named
+
+
+def test_an_alert_within_noise_says_so_and_names_nothing(run: Run) -> None:
+    causes = fresh(run)
+    causes.noise = with_floors(run, category=1.0, pair=0.0)
+    causes.add_all(run.windows)
+    limit, _ = floors_by_hand(run, causes.noise, "fraud")
+    quiet, loud = (causes.named(alert("fraud", -2 * limit * times)) for times in (0.99, 1.01))
+    assert "may be chance" in quiet.message
+    assert (quiet.feature, quiet.pairs) == (None, ())
+    assert "may be chance" not in loud.message
+    assert loud.pairs
 
 
 def test_what_is_not_known_is_not_named(run: Run) -> None:
