@@ -29,7 +29,7 @@ from smda_callbacks.observe.divided import BrokenPassError, InStep, LeftError, i
 from smda_callbacks.observe.reading import Part
 
 #: How long to wait for the other processes to join, in seconds: they stand at the same line of the trainer.
-JOIN_SECONDS = 120
+JOIN_SECONDS = 300
 
 #: How long a process waits for the first one, in seconds: it distils, and writes the run, on its own.
 WAIT_SECONDS = 7200
