@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import get_peft_model
 
 from recipes import benchmark_maths
 from recipes.benchmark_maths import Figure, Times, in_turns, refit, refit_at, sparse_problem
 from recipes.benchmark_memory import extra_peaks
 from smda_callbacks.maths.ridge import fit_ridge
+from smda_callbacks.observe.untrained import first_trained
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +118,18 @@ def test_options_become_the_callbacks_configuration() -> None:
     assert settings(options) == settings(options, {"measure": {"every": 1}})
 
 
+def test_adapters_of_the_top_half() -> None:
+    from recipes.benchmark_savings import CASES, _lora
+
+    for layers, expected in ((3, [2]), (4, [2, 3]), (5, [3, 4])):
+        model = get_peft_model(tiny_model(num_hidden_layers=layers), _lora(tiny_model(num_hidden_layers=layers), True))
+        assert first_trained(model) == expected[0]
+        trained = {name.split("layers.")[1][0] for name, each in model.named_parameters() if each.requires_grad}
+        assert trained == set(map(str, expected))
+    assert first_trained(get_peft_model(tiny_model(), _lora(tiny_model(), False))) == 0
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
 @pytest.mark.slow
 def test_the_whole_script(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path / "tiny")
@@ -134,7 +148,10 @@ def test_the_whole_script(tmp_path: Path) -> None:
     environment = found.pop("environment")
     assert environment["train_steps"] == 4
     assert {
-        "callback_over_probe_forward", "callback_over_probe_forward_cpu", "train_with_over_without",
+        "callback_over_probe_forward", "callback_over_probe_forward_cpu", "callback_over_probe_forward_cpu_no_trim",
+        "callback_over_probe_forward_cpu_top_half", "callback_over_probe_forward_cpu_top_half_no_keep",
+        "callback_over_probe_forward_cpu_system_prompt_no_share_prefix", "kept_of_lower_layers",
+        "train_with_over_without",
         "train_with_over_without_every_10", "refit_speedup_16k", "refit_speedup_131k", "refit_max_abs_diff",
     } <= set(found)  # fmt: skip
     for name, row in found.items():
