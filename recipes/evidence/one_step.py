@@ -41,6 +41,7 @@ from smda_callbacks.observe.sequences import split_batch
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
+from smda_callbacks.training.trajectory_options import TrajectoryOptions
 
 Array = NDArray[np.float64]
 
@@ -151,7 +152,12 @@ def run_seed(seed: int, steps: int, learning_rate: float | None = None) -> dict[
         work = build(Path(folder), seed=seed)
         options = AttributionOptions(engine="ghost", features=None)
         work.callback.plan = replace(
-            work.callback.plan, attribution=options, make_sinks=lambda _: [sink], on_error="raise", noise_draws=0
+            work.callback.plan,
+            attribution=options,
+            trajectory=TrajectoryOptions(),  # there is no store to keep it in
+            make_sinks=lambda _: [sink],
+            on_error="raise",
+            noise_draws=0,
         )
         loo = LeaveOneOut(work.callback, sink)
         work.trainer.add_callback(loo)
