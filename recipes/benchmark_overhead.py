@@ -24,7 +24,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import metadata
@@ -138,10 +138,21 @@ def as_json(figures: Sequence[Figure], options: Options) -> dict[str, Any]:
     return {**{figure.name: figure.as_json() for figure in figures}, "environment": environment(options)}
 
 
+#: What is measured, in order.
+PARTS: dict[str, Callable[[Options], Iterable[Figure]]] = {
+    "readings": measurements,
+    "pairs": pairs,
+    "training": training,
+    "memory": memory,
+    "refit": lambda options: refit(options.repeats),
+}
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", required=True, type=Path, metavar="FILE", help="where the figures are written")
     parser.add_argument("--repeats", type=int, default=10, help="repetitions; of training runs three at most")
+    parser.add_argument("--only", action="append", choices=PARTS, help="this part alone; may be given several times")
     parser.add_argument("--quick", action="store_true", help="two repetitions and four training steps: does it run?")
     parser.add_argument("--model", default="builtin:quickstart/quickstart-chat", help="a chat model: id or folder")
     parser.add_argument("--sae", default="builtin:quickstart/sae", help="an SAE of that model: folder or id")
@@ -158,8 +169,7 @@ def main() -> None:
     options = Options(args.model, args.sae, args.pairs, args.device, repeats, steps)
     print(HEADER)
     figures = []
-    parts = (measurements(options), pairs(options), training(options), memory(options), refit(options.repeats))
-    for figure in chain(*parts):
+    for figure in chain(*(PARTS[name](options) for name in args.only or PARTS)):
         figures.append(figure)
         print(figure, flush=True)
     args.json.write_text(json.dumps(as_json(figures, options), indent=2) + "\n", encoding="utf-8")
