@@ -25,7 +25,7 @@ HELP = "after a run: what did each training pair do to its end?"
 TARGET_HELP = """\
 whose influence is wanted; may be given again: refusal:harmful, refusal:<category>, feature:<SAE index>:x (what features
 did to the coefficient from start to end), :y (what the behaviour did), or feature:<SAE index>, the whole coefficient
-(default: every group, and the pathways of the 8 largest coefficients)"""
+(default: all probes to refuse, all others, and the pathways of the 3 largest coefficients)"""
 
 TOP, TEXT = 10, 50  # pairs shown, and characters of their text
 

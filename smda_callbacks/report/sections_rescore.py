@@ -27,9 +27,11 @@ def influence_part(page: Page) -> Html | None:
     verified = record.verified
     how = "made again bit by bit" if verified.exact else f"made again up to {number(verified.worst)} of a step"
     steps = count(record.last_step - record.first_step, "step")
+    ended = page.data.steps[-1]
+    left = f", for no step after it was kept (the run ends at {ended:,})" if record.last_step < ended else ""
     return join([
         element("h3", "Influence on the end of the run"),
-        say(texts.INFLUENCE, steps=steps, how=how),
+        say(texts.INFLUENCE, last=f"{record.last_step:,}", left=left, steps=steps, how=how),
         ranking_table(page.rankings, page.data, pairs, "influence"),
         _compared(page, pairs, record),
     ])  # fmt: skip

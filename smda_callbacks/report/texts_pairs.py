@@ -53,8 +53,9 @@ SHARES = (
 
 INFLUENCE = (
     "A pair's influence on the end of the run counts what it changed in all later steps, which its live effect cannot "
-    "know: smda rescore has gone through the run backwards, {steps}, {how}. + raised the number, − lowered it, to "
-    "first order in leaving the pair out. Influences do not add up. No noise floor is known for them."
+    "know: smda rescore has gone through the run backwards from step {last}{left}, {steps}, {how}. + raised the "
+    "number, − lowered it, to first order in leaving the pair out. Influences do not add up. No noise floor is known "
+    "for them."
 )
 INFLUENCE_CAPTION = (
     "A point per pair: its effect as booked live (across) and its influence on the end of the run (up); dashed: equal."

@@ -24,7 +24,10 @@ from smda_callbacks.training.manifest import build_manifest
 from smda_callbacks.training.plan import Plan
 
 #: Sections and keys of a configuration that change none of an audit's numbers.
-_OF_NO_ACCOUNT = ("store", "wandb", "alerts", "attribution", "measure.every", "measure.keep_gib", "measure.on_error")
+_OF_NO_ACCOUNT = (
+    *("store", "wandb", "alerts", "attribution", "trajectory"),
+    *("measure.every", "measure.keep_gib", "measure.on_error"),
+)
 
 #: What two manifests of one audit have in common, beside the configuration.
 _IDENTITY = ("kind", "audit", "model.hash", "sae.hash", "probe_hash", "behaviours", "target", "attribution.text")
