@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +62,12 @@ class LowerLayers:
         self._weights: Weights | None = None
         self._faults = 0
         self._full = False
+        self._too_large: set[Hashable] = set()
+        self._blamed: tuple[Hashable, int] | None = None  # whose pass made room, and the limit until then
 
     def begin(self, model: nn.Module) -> None:
         """Before a reading: find the layer that it may begin at, and forget what no longer holds."""
-        self.first = 0
+        self.first, self._blamed = 0, None
         if not self.limit or self._faults == PATIENCE:
             return
         placed, late = placed_modules(model), after_layers(model)
@@ -92,6 +94,30 @@ class LowerLayers:
         """Let go of everything that is kept."""
         self._kept, self.bytes, self._full = {}, 0, False
 
+    def give_way(self, what: Hashable) -> bool:
+        """Let go of everything, for memory did not suffice for the pass ``what``; False where that is no help.
+
+        Half as much is kept from then on, or the next pass would find as little room. A pass that does not fit with
+        nothing kept either has nothing to do with it: the limit stays, and it is known for the next time.
+        """
+        if not self.bytes:
+            self.limit = self._blamed[1] if self._blamed is not None and self._blamed[0] == what else self.limit
+            self._blamed = None
+            self._too_large.add(what)
+            return False
+        if what in self._too_large:
+            return False
+        logger.info(
+            "out of memory with %.2f GiB kept of what lower layers make of the probes: it is let go, and at most half "
+            "of it kept from now on. Next step: lower measure.keep_gib or measure.batch_size",
+            self.bytes / 2**30,
+        )
+        self._blamed = (what, self.limit)
+        self.limit = self.bytes // 2
+        self.forget()
+        self._full = True  # raising the room, as is advised where it is small, would be wrong here
+        return True
+
     def drop(self, key: Key) -> None:
         """Let go of one pass."""
         kept = self._kept.pop(key, None)
@@ -107,10 +133,11 @@ class LowerLayers:
 
     def add(self, key: Key, stream: Tensor, site: Tensor | None) -> None:
         """Keep what a pass showed, if there is room."""
-        tensors = [each.detach().clone() for each in (stream, site) if each is not None]
-        kept = Kept(tensors[0], tensors[1] if site is not None else None, tuple(t._version for t in tensors))
         self.drop(key)
-        if self.bytes + kept.bytes <= self.limit:
+        given = [each.detach() for each in (stream, site) if each is not None]
+        if self.bytes + sum(each.numel() * each.element_size() for each in given) <= self.limit:
+            tensors = [each.clone() for each in given]
+            kept = Kept(tensors[0], tensors[1] if site is not None else None, tuple(t._version for t in tensors))
             self._kept[key] = kept
             self.bytes += kept.bytes
         elif not self._full:

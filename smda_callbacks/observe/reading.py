@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +15,12 @@ from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
 from smda_callbacks.observe.divided import InStep, device_of, gathered_anew, is_divided, unbroken
 from smda_callbacks.observe.features import Encoder, Readout, pool
 from smda_callbacks.observe.guard import measuring
+from smda_callbacks.observe.memory import in_memory
 from smda_callbacks.observe.passes import cached_pass, tree_pass, with_states
 from smda_callbacks.observe.preference import choice_log_probs
 from smda_callbacks.observe.savings import NO_SAVING, Saving
 from smda_callbacks.observe.trials import Savings
 from smda_callbacks.records import Array
-
-logger = logging.getLogger("smda_callbacks")
 
 #: Attention implementations that take a four-dimensional mask, so that the tree is read in the prompt's own pass.
 MASK_ATTENTION = ("sdpa", "eager")
@@ -124,7 +122,7 @@ def read_parts(
             return in_step.rounds_of(one, wanted, spare=batches.batches[-1])
         if visit is not None:  # a visitor may have seen half of what it wants of a batch
             return [one(batch) for batch in wanted]
-        return [part for batch in wanted for part in in_memory(one, batch)]
+        return [part for batch in wanted for part in in_memory(one, batch, saving.lower)]
 
 
 def assemble(parts: Sequence[Part], batches: ProbeBatches) -> Reading:
@@ -145,32 +143,6 @@ def assemble(parts: Sequence[Part], batches: ProbeBatches) -> Reading:
     log_probs = opening_log_probs(edges.double().cpu().numpy(), batches)
     _check_finite(hidden, log_probs)
     return Reading(hidden, pre, gate, log_probs)
-
-
-def in_memory(read_one: Callable[[ProbeBatch], Part], batch: ProbeBatch) -> list[Part]:
-    """The parts of a batch, read at once, or in halves of halves where memory does not suffice."""
-    try:
-        return [read_one(batch)]
-    except RuntimeError as error:
-        if not is_out_of_memory(error) or len(batch.index) == 1:
-            raise
-    # Outside of the handler: the exception would hold on to what the failed pass has allocated.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    rows = len(batch.index)
-    logger.warning(
-        "out of memory with %d probes at once; they are read in two halves. measure.batch_size: %d avoids the attempt",
-        rows,
-        max(rows // 2, 1),
-    )
-    return [
-        part for half in (batch.rows(0, rows // 2), batch.rows(rows // 2, rows)) for part in in_memory(read_one, half)
-    ]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory did not suffice, on CUDA or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def tree_in_one_pass(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from smda_callbacks.observe.activations import unwrap
 from smda_callbacks.observe.batches import ProbeBatch, ProbeBatches
 from smda_callbacks.observe.features import Readout
 from smda_callbacks.observe.kept import LowerLayers
+from smda_callbacks.observe.memory import is_out_of_memory
 from smda_callbacks.observe.savings import Saving, SavingOptions, worthwhile_prefix
 
 logger = logging.getLogger("smda_callbacks")
@@ -73,8 +74,16 @@ class Savings:
     def _try(
         self, untried: dict[str, int], kind: type, two: ProbeBatch, none: Saving, one_pass: Pass, states: StatesOf
     ) -> None:
-        """Read two probes without savings and with each; a model whose numbers are not finite is asked again later."""
-        stream, edges = one_pass(two, none)
+        """Read two probes without savings and with each.
+
+        Where memory does not suffice, or numbers are not finite, nothing is known of the model: it is asked again.
+        """
+        try:
+            stream, edges = one_pass(two, none)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                return
+            raise
         if not (torch.isfinite(stream).all() and torch.isfinite(edges).all()):
             return
         for what, number in untried.items():
@@ -84,6 +93,8 @@ class Savings:
                 borne = alike(stream[:, -1], found[0][:, -1], tolerance) and alike(edges, found[1], tolerance)
             except Exception as error:
                 logger.debug("a saving failed on trial", exc_info=error)
+                if is_out_of_memory(error):
+                    continue
                 borne = False
             self._borne[what, number, kind] = borne
             if not borne:

@@ -16,15 +16,6 @@ from smda_callbacks.observe.divided import is_part
 SAMPLED = 256
 
 
-def first_trained(model: nn.Module) -> int:
-    """The lowest decoder layer that holds a trained weight or an adapter; 0 where nothing below it is safely fixed.
-
-    That is: something before the layers is trained (embeddings, soft prompts), nothing is trained at all (whatever
-    moves such a model does so unseen), or weights are divided, offloaded or in a compiled graph.
-    """
-    return lowest_trained(placed_modules(model), after_layers(model))
-
-
 #: Every module with the number of its decoder layer, -1 outside of all; a walk over a model's tree is not for nothing.
 Placed = list[tuple[nn.Module, int]]
 
@@ -36,6 +27,12 @@ def placed_modules(model: nn.Module) -> Placed:
 
 
 def lowest_trained(placed: Placed, late: set[int]) -> int:
+    """The lowest decoder layer that holds a trained weight or an adapter; 0 where nothing below it is safely fixed.
+
+    That is: something before the layers is trained (embeddings, soft prompts), nothing is trained at all (whatever
+    moves such a model does so unseen), or weights are divided, offloaded or in a compiled graph. ``late``: parameters
+    that act after the layers (:func:`after_layers`).
+    """
     trained, adapted = set(), set()
     for module, number in placed:
         if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
@@ -64,6 +61,13 @@ def after_layers(model: nn.Module) -> set[int]:
     return {id(parameter) for module in late for parameter in module.parameters()} - early
 
 
+def _hooks(module: nn.Module, late: set[int]) -> list[int]:
+    """Numbers of a module's hooks, no two of which are the same; none of what acts after the last layer only."""
+    found = [*module._forward_hooks, *module._forward_pre_hooks]
+    own = {id(each) for each in module.parameters()} if found else set()
+    return [] if own and own <= late else found
+
+
 def _present(tensors: dict[str, Any]) -> list[Tensor]:
     return [each for each in tensors.values() if each is not None]
 
@@ -83,8 +87,8 @@ class Weights:
         lower = [(module, number) for module, number in placed if number < first]
         parameters = {id(p): p for module, _ in lower for p in _present(module._parameters) if id(p) not in late}
         buffers = [each for module, _ in lower for each in _present(module._buffers)]
-        inside = [module for module, number in lower if number >= 0]
-        hooks = tuple(key for m in inside for key in (*m._forward_hooks, *m._forward_pre_hooks))
+        # Hooks of the model as a whole are those that look at training batches, which come and go.
+        hooks = tuple(key for module, _ in lower if module is not model for key in _hooks(module, late))
         device = next(iter(parameters.values())).device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
         config = unwrap(model).config.get_text_config()

@@ -29,10 +29,11 @@ from smda_callbacks.maths.pathways import State
 from smda_callbacks.observe.features import pool
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite
+from smda_callbacks.observe.memory import is_out_of_memory
 from smda_callbacks.observe.optimizer_rules import Moments
 from smda_callbacks.observe.pair_gradients import PairCapture
 from smda_callbacks.observe.pair_team import TeamCapture
-from smda_callbacks.observe.reading import Reading, is_out_of_memory
+from smda_callbacks.observe.reading import Reading
 from smda_callbacks.observe.updates import moments_before, site_updates
 from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
 from smda_callbacks.training.engine import AttributionOptions
@@ -118,6 +119,7 @@ class Attributor:
             if not is_out_of_memory(error):
                 raise
             self.skip("out of memory for gradients through the probes. Next step: lower measure.batch_size")
+            self._instrument.savings.lower.give_way("gradients")
             self.engine.close()  # the gradients kept are those of another reading: no window may start at them
         else:
             if self._window is not None:

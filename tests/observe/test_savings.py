@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from smda_callbacks.observe.prefixes import build_tree
 from smda_callbacks.observe.reading import Reading
 from smda_callbacks.observe.sae import SAEHandle
 from smda_callbacks.observe.savings import SavingOptions, worthwhile_prefix
-from smda_callbacks.observe.untrained import first_trained
+from tests.helpers.lower import first_trained
 from tests.helpers.tiny import tiny_model, tiny_probes, tiny_sae, tiny_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "phi3")
@@ -204,6 +204,100 @@ def test_half_a_batch_is_kept_for_itself_where_memory_does_not_suffice() -> None
     assert counted.of(saved, model)[:2] == [0, 0]
 
 
+def _with_room_for(rows: Callable[[], float], model: Any) -> list[int]:
+    """Passes of a model that has memory for so many rows only, by their sizes."""
+    base, sizes = model.get_base_model(), list[int]()
+    real = base.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > rows():
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(*args, **kwargs)
+
+    base.forward = forward
+    return sizes
+
+
+def test_what_is_kept_gives_way_before_batches_are_halved(said: pytest.LogCaptureFixture) -> None:
+    """A batch of 3 fits unless more than two thirds of what there is to keep are kept."""
+    model = adapted()
+    plain, saved = instrument(model, NONE), instrument(model, ONE["keep_gib"])
+    expected, lower = plain.read(model), saved.savings.lower
+    saved.read(model)
+    whole = lower.bytes
+    sizes = _with_room_for(lambda: 3 if lower.bytes <= whole * 2 / 3 else 2, model)
+    lower.drop((int(saved.batches.batches[0].index[0]), 3, 0))  # so that a batch is to be computed anew
+    lower.bytes = whole  # as if others were kept instead
+    assert_alike(saved.read(model), expected, exactly=True)
+    assert sizes == [3, 3, 3, 1]  # did not fit, fits with nothing kept; and the others, of which nothing is kept now
+    assert 0 < lower.bytes <= lower.limit == whole // 2
+    sizes.clear()
+    for _ in range(3):
+        assert_alike(saved.read(model), expected, exactly=True)
+    assert sizes == [3, 3, 1] * 3
+    assert "in two halves" not in said.text
+    assert said.text.count("out of memory") == 1
+
+
+def test_a_batch_that_never_fits_costs_nothing_of_what_is_kept() -> None:
+    """Batches of 3 and 1 with room for 2: those of 3 are halved, and what is kept of the others has no part in it."""
+    model = adapted()
+    saved, room = instrument(model, ONE["keep_gib"]), [2]
+    expected, lower = instrument(model, NONE).read(model), saved.savings.lower
+    limit = lower.limit
+    _with_room_for(lambda: room[0], model)
+    for _ in range(3):
+        assert_alike(saved.read(model), expected)
+    assert (lower.limit, len(lower._kept)) == (limit, 5)
+
+
+def test_a_probe_alone_is_read_when_what_is_kept_has_given_way() -> None:
+    model = adapted()
+    plain, saved = (instrument(model, each, batch_size=1) for each in (NONE, ONE["keep_gib"]))
+    expected, lower = plain.read(model), saved.savings.lower
+    sizes = _with_room_for(lambda: 1 if lower.bytes <= lower.limit / 2 else 0, model)
+    saved.savings._borne["lower", 2, type(model.get_base_model())] = True
+    lower.limit = 4 * 32 * 200  # float32, width 32
+    assert_alike(saved.read(model), expected, exactly=True)
+    assert len(sizes) > 7
+
+
+def test_what_does_not_fit_is_not_copied_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    lower, copies = kept.LowerLayers(4 * 10, first=1), list[int]()
+    clone = torch.Tensor.clone
+
+    def counted(self: torch.Tensor, **given: Any) -> torch.Tensor:
+        copies.append(self.numel())
+        return clone(self, **given)
+
+    monkeypatch.setattr(torch.Tensor, "clone", counted)
+    for number, size in enumerate((6, 20, 5, 3)):
+        lower.add((number, 1, 0), torch.zeros(1, size, 1), torch.zeros(1, 1, 1) if size == 3 else None)
+    assert copies == [6, 3, 1]
+    assert lower.bytes == 40
+    lower.add((0, 1, 0), torch.ones(1, 6, 1), None)  # another of the same pass takes its place
+    assert (lower.bytes, len(lower._kept)) == (40, 2)
+
+
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+def test_a_saving_whose_trial_ran_out_of_memory_is_tried_again(failing: int) -> None:
+    """The first reading has no memory left in one of its trials, of which the first is the pass without savings."""
+    model = adapted()
+    plain, saved = instrument(model, NONE), instrument(model, SavingOptions(share_prefix=False))
+    expected, passes = plain.read(model), [0]
+
+    def room() -> float:
+        passes[0] += 1
+        return 0 if passes[0] == failing else 9
+
+    _with_room_for(room, model)
+    assert_alike(saved.read(model), expected)
+    assert len(saved.savings._borne) == (0 if failing == 1 else 1)
+    assert_alike(saved.read(model), expected)
+    assert list(saved.savings._borne.values()) == [True, True]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_savings_are_exact(family: str) -> None:
     """Of a model in float64: the stream behind the last layer, which all savings have a part in."""
@@ -252,7 +346,20 @@ def _hook(model: Any) -> None:
     model.get_base_model().model.layers[0].register_forward_hook(lambda _, args, output: output * 1.5)
 
 
-@pytest.mark.parametrize("change", [_in_place, _past_autograd, _another_parameter, _embedding, _rotary, _hook])
+def _steered(model: Any) -> None:
+    model.get_base_model().model.embed_tokens.register_forward_hook(lambda _, args, output: output * 1.5)
+
+
+def _fed(model: Any) -> None:
+    """Of the decoder itself, which holds the layers."""
+    model.get_base_model().model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": kwargs["position_ids"] * 2}), with_kwargs=True
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [_in_place, _past_autograd, _another_parameter, _embedding, _rotary, _hook, _steered, _fed]
+)
 def test_a_change_below_is_seen(change: Any, said: pytest.LogCaptureFixture) -> None:
     model = adapted()
     plain, saved = instrument(model, NONE), instrument(model, ONE["keep_gib"])
@@ -262,6 +369,16 @@ def test_a_change_below_is_seen(change: Any, said: pytest.LogCaptureFixture) -> 
     assert np.abs(expected.log_probs - before.log_probs).max() > 1e-3
     assert_alike(saved.read(model), expected, exactly=True)
     assert any("have changed since the last reading" in each.message for each in said.records)
+
+
+@pytest.mark.parametrize("where", ["", "base_model.model.lm_head", "base_model.model.model.norm"])
+def test_hooks_of_the_whole_model_and_behind_the_layers_do_not_count(where: str) -> None:
+    """Those that look at training batches come and go; a head's act on nothing that is kept."""
+    model = adapted()
+    counted, saved = Counted(model), instrument(model, ONE["keep_gib"])
+    saved.read(model)
+    model.get_submodule(where).register_forward_pre_hook(lambda module, args: None)
+    assert counted.of(saved, model)[:2] == [0, 0]
 
 
 def test_two_models_and_two_trainings_do_not_see_each_others(said: pytest.LogCaptureFixture) -> None:

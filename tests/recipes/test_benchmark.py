@@ -18,7 +18,7 @@ from recipes import benchmark_maths
 from recipes.benchmark_maths import Figure, Times, in_turns, refit, refit_at, sparse_problem
 from recipes.benchmark_memory import extra_peaks
 from smda_callbacks.maths.ridge import fit_ridge
-from smda_callbacks.observe.untrained import first_trained
+from tests.helpers.lower import first_trained
 from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

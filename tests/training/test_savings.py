@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from smda_callbacks.observe.savings import SavingOptions
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
+from smda_callbacks.training.ghost import Ghost
 from smda_callbacks.training.plan import Plan
 
 TOP = {"lora": {"layers_to_transform": [1, 2], "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}}
@@ -42,3 +44,23 @@ def test_a_run_with_savings_is_the_run_without(engine: Any, plan: Plan, trainer:
             share, saved = (np.asarray(each.pairs.share) for each in (one, other))
             assert np.abs(share).max() > 0
             assert np.abs(share - saved).max() <= max(tolerance, 1e-5) * np.abs(share).max()
+
+
+def test_what_is_kept_gives_way_to_gradients(plan: Plan, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second window's end has memory for gradients only if no more than half of what was kept is."""
+    sink, read, kept = MemorySink(), Ghost.read, list[int]()
+
+    def reading(self: Ghost, model: Any) -> Any:
+        kept.append(self._read.args[0].savings.lower.bytes)  # type: ignore[attr-defined]
+        if len(kept) >= 3 and kept[-1] > kept[2] / 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return read(self, model)
+
+    monkeypatch.setattr(Ghost, "read", reading)
+    attribution = AttributionOptions(engine="ghost")
+    given = replace(plan, attribution=attribution, make_sinks=lambda _: [sink], on_error="warn")
+    trainer(MeasuringCallback(given), **TOP).train()
+    assert kept[2] > 0
+    assert all(each <= kept[2] / 2 for each in kept[3:])
+    assert [window.status for window in sink.windows] == ["ok"] * 4
+    assert [window.pairs is not None for window in sink.windows] == [True, False, True, True]
