@@ -171,6 +171,8 @@ class MeasuringCallback(TrainerCallback):
             self._skipped.append(state.global_step)
         # The last step is booked here: before on_train_end the trainer may load the best checkpoint in its place.
         last = control.should_training_stop or state.global_step >= state.max_steps
+        if last:
+            self.monitor.recording.event("last_step")
         if last or self._budget.is_due(state.global_step - self._booked):
             record = self._book(self.monitor, kwargs["model"], state)
             if control.should_log:
@@ -210,6 +212,8 @@ class MeasuringCallback(TrainerCallback):
     ) -> None:
         """Book what is left where an evaluation has stopped training: the best checkpoint may be loaded next."""
         if control.should_training_stop:
+            if self.monitor is not None:
+                self.monitor.recording.event("last_step")
             self._book_rest(kwargs["model"], state)
 
     @_together

@@ -78,7 +78,7 @@ def rebuild_trainer(
     meta, path = folder.meta, folder.path
     config = PeftConfig.from_pretrained(str(path / layout.ADAPTER))
     config.inference_mode = False
-    adapted = get_peft_model(load_base(meta, model, device), config)
+    adapted = get_peft_model(load_base(meta, model, device), config, adapter_name=meta.get("adapter", "default"))
     found = weights_hash(adapted)
     if found != meta["model"]["hash"]:
         raise TrajectoryError(
@@ -87,14 +87,14 @@ def rebuild_trainer(
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of data and padding, which are not prepared here
-        trainer = _make(meta, adapted, path / layout.TOKENIZER, first, output)
+        trainer = _make(meta, adapted, path / layout.TOKENIZER, first, output, device)
     trainer.create_optimizer()
     trainer.model_wrapped, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
     trainer.accelerator.gradient_state._set_sync_gradients(True)
     return trainer
 
 
-def _make(meta: Mapping[str, Any], model: Any, tokenizer: Path, first: RecordedStep, output: Path) -> Any:
+def _make(meta: Mapping[str, Any], model: Any, tokenizer: Path, first: RecordedStep, output: Path, device: str) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -106,10 +106,11 @@ def _make(meta: Mapping[str, Any], model: Any, tokenizer: Path, first: RecordedS
         kind, arguments = SFTTrainer, SFTConfig
     else:
         kind, arguments = Trainer, TrainingArguments
+    given = {"output_dir": str(output), "use_cpu": torch.device(device).type == "cpu"}
     row = {name: first.batches[0].inputs[name][0].tolist() for name in ("input_ids", "labels")}
     trainer = kind(
         model=model,
-        args=arguments(**{**_kept(arguments, meta["args"]), "output_dir": str(output)}),
+        args=arguments(**_kept(arguments, meta["args"]) | given),
         train_dataset=Dataset.from_list([row]),
         processing_class=AutoTokenizer.from_pretrained(str(tokenizer)),
     )

@@ -65,7 +65,7 @@ class Recording:
         )
 
     def event(self, name: str, *given: Any) -> None:
-        """One of ``begin_step``, ``before_step``, ``after_step`` and ``finish``, with what they take."""
+        """One of ``begin_step``, ``before_step``, ``after_step``, ``last_step`` and ``finish``, with what they take."""
         if self.recorder is None:
             return
         recorder = self.recorder

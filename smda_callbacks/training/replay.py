@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +19,8 @@ from smda_callbacks.observe.lora import lora_sites
 from smda_callbacks.observe.metagradient import TrajectoryStep
 from smda_callbacks.observe.sequences import IGNORED
 from smda_callbacks.sinks.trajectory import TrajectoryError, TrajectoryFolder
+from smda_callbacks.training.borrowed import Borrowed
 from smda_callbacks.training.rebuild import rebuild_trainer
-from smda_callbacks.training.trajectory import state_tensors
 from smda_callbacks.training.trajectory_read import (
     MicroBatch,
     RecordedStep,
@@ -28,6 +30,7 @@ from smda_callbacks.training.trajectory_read import (
     rules_at,
     state_of,
 )
+from smda_callbacks.training.trajectory_state import state_tensors
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Replay:
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise TrajectoryError("the run was trained on a GPU and there is none here. Next step: go where one is.")
         self._output = tempfile.TemporaryDirectory(prefix="smda-replay-")
+        self._lent = Borrowed(model) if isinstance(model, nn.Module) else None
+        try:
+            self._rebuild(model)
+        except BaseException:
+            self.close()
+            raise
+
+    def _rebuild(self, model: str | Path | nn.Module | None) -> None:
+        folder = self.folder
         first = read_step(folder.path, folder.first + 1)
         start = read_state(folder.path, folder.first)
         self.trainer = rebuild_trainer(folder, model, str(self.device), first, Path(self._output.name))
@@ -64,14 +76,20 @@ class Replay:
         self.sites = lora_sites(self.model)
         names = [site.name for site in self.sites]
         if names != list(self.meta["weights"]):
-            raise TrajectoryError(f"the adapter trains other weights than the run's: {len(names)} here, of other names")
+            raise TrajectoryError(
+                f"the adapter trains other weights than the run's: {len(names)} here, {len(self.meta['weights'])} "
+                "then, or of other names. Next step: go where PEFT and transformers are of the run's versions "
+                f"({self.meta['versions'].get('peft')} and {self.meta['versions'].get('transformers')})."
+            )
         for site, weight in zip(self.sites, start.weights, strict=True):
             site.weight.data = site.weight.data.to(weight.dtype)
         self.parameters = [site.weight for site in self.sites]
 
     def close(self) -> None:
-        """Remove the trainer's folder."""
+        """Remove the trainer's folder, and give a model that was lent back as it was."""
         self._output.cleanup()
+        if self._lent is not None:
+            self._lent.give_back()
 
     def place(self, state: RunState) -> None:
         """Put weights and optimizer into a state."""
@@ -167,13 +185,15 @@ class Replay:
 @contextlib.contextmanager
 def as_trained(folder: TrajectoryFolder) -> Iterator[None]:
     """Context with as many threads as the run had, which bits depend on; random state comes back at the end."""
-    threads = torch.get_num_threads()
+    threads, plain, arrays = torch.get_num_threads(), random.getstate(), np.random.get_state()
     torch.set_num_threads(int(folder.meta["threads"]))
     try:
         with torch.random.fork_rng():
             yield
     finally:
         torch.set_num_threads(threads)
+        random.setstate(plain)
+        np.random.set_state(arrays)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from smda_callbacks.training.manifest import package_versions
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.policy_check import check_policy
 from smda_callbacks.training.replay import Replay, as_trained
-from smda_callbacks.training.replay_check import Which, backwards, verify
+from smda_callbacks.training.replay_check import Which, backwards, chosen, verify
 from smda_callbacks.training.rescore_partial import Partial, identity_of, read_partial, remove_partial, write_partial
 from smda_callbacks.training.rescore_targets import Targets, default_targets, resolve
 from smda_callbacks.training.trajectory_read import read_pairs, read_state
@@ -122,9 +122,9 @@ def _instrument(plan: Plan, start: RunStart, replay: Replay) -> Instrument:
 
 
 def _verified(replay: Replay, options: RescoreOptions, tick: Tick) -> Verified:
-    folder, done = replay.folder, 0
-    total = folder.last - folder.first
-    with tqdm(desc="checking the replay", unit="step", delay=2, leave=False, disable=None) as bar:
+    done = 0
+    total = sum(last - first for first, last in chosen(replay.folder.states, options.verify))
+    with tqdm(total=total, desc="checking the replay", unit="step", delay=2, leave=False, disable=None) as bar:
 
         def count() -> None:
             nonlocal done

@@ -20,7 +20,7 @@ from smda_callbacks.observe.optimizer_rules import Moments
 from smda_callbacks.records import Array
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.rescored import FOLDER, PARTIAL
-from smda_callbacks.sinks.trajectory import TrajectoryFolder
+from smda_callbacks.sinks.trajectory import TrajectoryFolder, state_file
 
 logger = logging.getLogger("smda_callbacks")
 
@@ -42,8 +42,9 @@ class Partial:
 
 
 def identity_of(folder: TrajectoryFolder, *settings: Any) -> str:
-    """A hash of the trajectory and of all that what is found depends on."""
-    said = [files.read_json(folder.path / "meta.json"), folder.states, settings]
+    """A hash of the trajectory, its last state among it, and of all that what is found depends on."""
+    end = hashlib.sha256(state_file(folder.path, folder.last).read_bytes()).hexdigest()
+    said = [files.read_json(folder.path / "meta.json"), folder.states, end, settings]
     return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 

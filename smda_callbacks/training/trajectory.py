@@ -7,6 +7,7 @@ that fails stops, is marked as stopped, and leaves training alone unless ``on_er
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -21,22 +22,23 @@ from torch import Tensor, nn
 from smda_callbacks.observe.activations import unwrap
 from smda_callbacks.observe.lora import AttributionError, LoraSite, lora_sites
 from smda_callbacks.observe.sequences import BatchWatch, Sequence
+from smda_callbacks.observe.sharding import told
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks import trajectory as layout
 from smda_callbacks.sinks.codec import dumps
 from smda_callbacks.training.manifest import package_versions, weights_hash
 from smda_callbacks.training.row_identity import PairIndex
 from smda_callbacks.training.trajectory_options import TrajectoryOptions
+from smda_callbacks.training.trajectory_resume import cut, goes_on, remove, set_aside_rescored
+from smda_callbacks.training.trajectory_state import inner, state_tensors
+
+logger = logging.getLogger("smda_callbacks")
 
 #: Arguments that a trainer adds to those of the batch.
 ADDED = frozenset({"use_cache", "fused_lm_head", "num_items_in_batch", "output_router_logits", "return_dict"})
 
 #: Settings of a group of parameters that the optimizer's arithmetic needs.
 SETTINGS = ("lr", "weight_decay", "betas", "eps", "momentum")
-
-#: Names of tensors in a state, per weight.
-WEIGHT, COUNT = "weight", "step"
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 @dataclass
@@ -91,7 +93,7 @@ class Recorder:
         """After the backward passes: the settings of this step; after it the scheduler moves on."""
         if self._now is not None:
             self._now.groups = [
-                {name: group[name] for name in SETTINGS if name in group} for group in _inner(optimizer).param_groups
+                {name: group[name] for name in SETTINGS if name in group} for group in inner(optimizer).param_groups
             ]
 
     def after_step(self, optimizer: Any) -> None:
@@ -111,16 +113,22 @@ class Recorder:
             self._write_state(optimizer)
         self._optimizer = optimizer
 
-    def finish(self) -> None:
-        """The training is over: write the last state, and take the hooks off."""
+    def last_step(self) -> None:
+        """No step will follow: write the last state. Before the trainer may load its best checkpoint in its place."""
         if self._written != self.step:
             self._write_state(self._optimizer)
+
+    def finish(self) -> None:
+        """The training is over: take the hooks off."""
         self.close()
 
     def stop(self, why: str) -> None:
-        """Recording could not go on: say so in the folder."""
+        """Recording could not go on: say so in the folder, if that can still be written to."""
         self.close()
-        files.write_json(self.folder / layout.STOPPED, {"step": self.step, "why": why})
+        try:
+            files.write_json(self.folder / layout.STOPPED, {"step": self.step, "why": why})
+        except OSError as error:
+            logger.warning("that recording stopped could not be noted in %s: %s", self.folder, told(error))
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -130,11 +138,12 @@ class Recorder:
     def _open(self, trainer: Any, optimizer: Any) -> None:
         meta = describe(trainer, self.model, optimizer, self.sites)
         known = self.folder / layout.META
-        if known.exists() and _goes_on(files.read_json(known), meta, self.folder, self.step):
-            layout.cut_after(self.folder, self.step)
-            self._described = {row["id"] for row in files.read_rows(self.folder / layout.PAIRS)}
+        set_aside_rescored(self.folder.parent)
+        if known.exists() and goes_on(files.read_json(known), meta, self.folder, self.step):
+            self._described = cut(self.folder, self.step)
+            self.index.continue_from(max(self._described, default=-1) + 1)
         else:
-            _remove(self.folder)
+            remove(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
             adapters: Any = getattr(self.model, "peft_config", {})
             next(iter(adapters.values())).save_pretrained(str(self.folder / layout.ADAPTER))
@@ -194,22 +203,23 @@ class Recorder:
 
 def describe(trainer: Any, model: nn.Module, optimizer: Any, sites: tuple[LoraSite, ...]) -> dict[str, Any]:
     """What the trainer is, as far as it takes to build it again: the content of ``meta.json``."""
-    inner, config = unwrap(model), unwrap(model).config
+    base, config = unwrap(model), unwrap(model).config
     return {
         "version": layout.VERSION,
         "trainer": type(trainer).__name__,
         "args": json.loads(json.dumps(trainer.args.to_dict(), default=str)),
-        "optimizer": type(_inner(optimizer)).__name__,
+        "optimizer": type(inner(optimizer)).__name__,
         "max_grad_norm": float(trainer.args.max_grad_norm or 0.0),
         "model": {
             "id": str(getattr(config, "_name_or_path", "")),
-            "class": type(inner).__name__,
+            "class": type(base).__name__,
             "hash": weights_hash(model),
-            "dtype": str(next(each for each in inner.parameters() if not each.requires_grad).dtype).removeprefix(
+            "dtype": str(next(each for each in base.parameters() if not each.requires_grad).dtype).removeprefix(
                 "torch."
             ),
             "attention": getattr(config, "_attn_implementation", None),
         },
+        "adapter": next(iter(getattr(model, "peft_config", {})), "default"),
         "weights": [site.name for site in sites],
         "groups": group_numbers(sites, optimizer),
         "device": str(next(model.parameters()).device),
@@ -221,41 +231,6 @@ def describe(trainer: Any, model: nn.Module, optimizer: Any, sites: tuple[LoraSi
 
 def group_numbers(sites: tuple[LoraSite, ...], optimizer: Any) -> list[int]:
     """Which of the optimizer's groups every weight is in."""
-    groups = _inner(optimizer).param_groups
+    groups = inner(optimizer).param_groups
     where = {id(weight): number for number, group in enumerate(groups) for weight in group["params"]}
     return [where[id(site.weight)] for site in sites]
-
-
-def state_tensors(sites: tuple[LoraSite, ...], optimizer: Any) -> dict[str, Tensor]:
-    """Trained weights and the optimizer's state, by name."""
-    state, found = _inner(optimizer).state, {}
-    for number, site in enumerate(sites):
-        own = state.get(site.weight, {})
-        found[f"{WEIGHT}/{number}"] = site.weight
-        found |= {f"{name}/{number}": own[name] for name in MOMENTS if own.get(name) is not None}
-        if COUNT in own:
-            found[f"{COUNT}/{number}"] = torch.as_tensor(own[COUNT])
-    return found
-
-
-def _goes_on(known: Mapping[str, Any], now: Mapping[str, Any], folder: Path, step: int) -> bool:
-    """Whether a trajectory that was begun earlier can be gone on with at ``step``."""
-    same = all(
-        known.get(name) == json.loads(dumps(now[name]))
-        for name in ("version", "trainer", "model", "weights", "optimizer")
-    )
-    there = layout.numbers(folder, "step")
-    states = layout.numbers(folder, "state")
-    return same and bool(states) and step > 0 and set(range(states[0] + 1, step + 1)) <= set(there)
-
-
-def _remove(folder: Path) -> None:
-    for kind, path_of in (("state", layout.state_file), ("step", layout.step_file)):
-        for number in layout.numbers(folder, kind):
-            path_of(folder, number).unlink()
-    for name in (layout.META, layout.PAIRS, layout.STOPPED):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _inner(optimizer: Any) -> Any:
-    return getattr(optimizer, "optimizer", optimizer)

@@ -16,7 +16,7 @@ from smda_callbacks.observe.optimizer_rules import AdamWRule, Moments, Rule, SGD
 from smda_callbacks.observe.sequences import Sequence, split_batch
 from smda_callbacks.sinks import trajectory as layout
 from smda_callbacks.sinks.files import damaged, missing
-from smda_callbacks.training.trajectory import COUNT, MOMENTS, WEIGHT
+from smda_callbacks.training.trajectory_state import COUNT, MOMENTS, WEIGHT
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -68,9 +68,10 @@ class Weighted(SFTTrainer):  # type: ignore[misc]
 
 
 def make_trainer(
-    folder: Path, *callbacks: TrainerCallback, kind: type[Any] = SFTTrainer, lora: Any = None, **options: Any
-) -> Any:
-    """A trainer on a model of one layer, a little trained before, with fewer pairs than steps want."""
+    folder: Path, *callbacks: TrainerCallback, kind: type[Any] = SFTTrainer, lora: Any = None, model: Any = None,
+    adapter: str | None = None, **options: Any,
+) -> Any:  # fmt: skip
+    """A trainer on a small model, with fewer pairs than steps want. ``adapter``: its name, where the user made it."""
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": STEPS, "per_device_train_batch_size": 2,
         "learning_rate": 1e-3, "adam_epsilon": 1e-6, "bf16": False, CHECKPOINTING: False, "report_to": [],
@@ -78,14 +79,16 @@ def make_trainer(
         "weight_decay": 0.1,
     }  # fmt: skip
     torch.manual_seed(0)
+    model = model or base_model()
+    wanted = LoraConfig(
+        **{"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 2, "task_type": "CAUSAL_LM", **(lora or {})}
+    )
     return kind(
-        model=base_model(),
+        model=model if adapter is None else get_peft_model(model, wanted, adapter_name=adapter),
         args=SFTConfig(**{**settings, **options}),
         train_dataset=Dataset.from_list(user_data("text", 8).to_list()),
         processing_class=tiny_tokenizer(),
-        peft_config=LoraConfig(
-            **{"target_modules": ["q_proj", "v_proj", "down_proj"], "r": 2, "task_type": "CAUSAL_LM", **(lora or {})}
-        ),
+        peft_config=wanted if adapter is None else None,
         callbacks=list(callbacks),
     )
 
@@ -136,15 +139,17 @@ class Recorded:
         return np.array(found)
 
 
-def record(folder: Path, sae: Path, *, keep: dict[str, Any] | None = None, **options: Any) -> Recorded:
-    """Train once, recording."""
+def record(
+    folder: Path, sae: Path, *callbacks: TrainerCallback, keep: dict[str, Any] | None = None, **options: Any
+) -> Recorded:
+    """Train once, recording. ``callbacks``: called before the one that records."""
     plan = Plan(
         probes=many_probes(16), load_sae=lambda: load_sae(sae),
         distil=DistilOptions(support=4, min_active=3, cv_folds=0, lam=1.0), noise_draws=0, every=100,
         make_sinks=lambda _: [StoreSink(folder / "run")], on_error="raise",
         attribution=AttributionOptions(engine="off"), trajectory=TrajectoryOptions(keep=True, **(keep or {})),
     )  # fmt: skip
-    trainer = make_trainer(folder, MeasuringCallback(plan), **options)
+    trainer = make_trainer(folder, *callbacks, MeasuringCallback(plan), **options)
     trainer.train()
     return Recorded(folder / "run", plan, folder, options, trained(trainer))
 

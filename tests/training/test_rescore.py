@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,34 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from smda_callbacks.observe.example_losses import example_losses
-from smda_callbacks.observe.lora import AttributionError
+from smda_callbacks.observe.lora import AttributionError, lora_sites
 from smda_callbacks.observe.sequences import split_batch
+from smda_callbacks.sinks import files
 from smda_callbacks.sinks.memory import MemorySink
-from smda_callbacks.sinks.rescored import PARTIAL, Rescored, read_rescored
+from smda_callbacks.sinks.rescored import PARTIAL, Rescored, read_rescored, result_file
 from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
-from smda_callbacks.sinks.trajectory import FOLDER, TrajectoryError, TrajectoryFolder, check_room, state_file, step_file
+from smda_callbacks.sinks.trajectory import (
+    FOLDER,
+    META,
+    PAIRS,
+    TrajectoryError,
+    TrajectoryFolder,
+    check_room,
+    state_file,
+    step_file,
+)
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.rebuild import load_base
 from smda_callbacks.training.replay import Replay, as_trained
 from smda_callbacks.training.replay_check import NotTheSameRunError, chosen, verify
 from smda_callbacks.training.rescore import RescoreOptions, rescore
+from smda_callbacks.training.rescore_partial import identity_of
 from smda_callbacks.training.rescore_targets import TargetError, default_targets
+from smda_callbacks.training.trajectory_check import check_recordable
 from smda_callbacks.training.trajectory_options import TrajectoryOptions
-from smda_callbacks.training.trajectory_read import read_step
+from smda_callbacks.training.trajectory_read import read_state, read_step
 from tests.helpers import other_trainers, stopping
 from tests.helpers.pair_training import CHECKPOINTING
 from tests.helpers.rescoring import STEPS, Recorded, base_model, make_trainer, record, replace, sae_in, trained
@@ -286,6 +300,190 @@ def test_a_recording_that_fails_costs_the_recording_only(
     assert any("recording the trajectory stopped after step 2" in each.message for each in caplog.records)
 
 
+def test_a_full_disk_costs_the_recording_only(
+    recorded: Recorded, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = files.write_atomic
+
+    def full(path: Path, data: bytes) -> None:
+        if path.parent.name == FOLDER and (path.name > step_file(path.parent, 2).name or path.name == "stopped.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    monkeypatch.setattr(files, "write_atomic", full)
+    plan = replace(_stored(recorded, tmp_path), on_error="warn")
+    trainer = make_trainer(tmp_path, MeasuringCallback(plan), max_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert TrajectoryFolder.open(tmp_path / "run").last == 2
+    assert any("could not be noted" in each.message for each in caplog.records)
+
+
+class _Best(TrainerCallback):
+    """Puts other weights in place when training ends, as the trainer does that loads its best checkpoint."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.last = [site.weight.detach().clone() for site in lora_sites(kwargs["model"])]
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for each in kwargs["model"].parameters():
+                if each.requires_grad:
+                    each.zero_()
+
+
+class _StopAt(TrainerCallback):
+    """Stops the training after a step has ended, as an evaluation does."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
+def test_the_last_state_is_that_of_the_last_step(tmp_path: Path) -> None:
+    best = _Best()
+    made = record(tmp_path, sae_in(tmp_path), best, _StopAt(), keep={"every": 4}, logging_steps=2)
+    assert TrajectoryFolder.open(made.run).states == (0, 2)
+    state = read_state(made.run / FOLDER, 2)
+    assert all(torch.equal(a, b) for a, b in zip(state.weights, best.last, strict=True))
+    assert not any(each.any() for each in made.weights)
+
+
+def test_an_adapter_of_another_name_is_made_again(tmp_path: Path) -> None:
+    made = record(tmp_path, sae_in(tmp_path), adapter="refusal", max_steps=1)
+    folder = TrajectoryFolder.open(made.run)
+    with as_trained(folder):
+        replay = Replay(folder, model=base_model())
+        assert verify(replay).exact
+        replay.close()
+
+
+def _own_optimizer(trainer: Any) -> None:
+    trainer.optimizer = torch.optim.AdamW([each for each in trainer.model.parameters() if each.requires_grad])
+
+
+def _other_attention(trainer: Any) -> None:
+    trainer.model.config._attn_implementation = "flash_attention_2"
+
+
+def _quantise(trainer: Any) -> None:
+    layer = trainer.model.base_model.model.model.layers[0].self_attn.k_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
+
+
+def _ask_router(trainer: Any) -> None:
+    trainer.aux_loss_enabled = False  # the plain trainer has no such thing
+    trainer.model.config.output_router_logits, trainer.model.config.router_aux_loss_coef = True, 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("llama", _own_optimizer, r"the optimizer \(AdamW, groups of \[12\] weights\) is not the one"),
+        ("llama", _other_attention, "attention takes no masks"),
+        ("llama", _quantise, "quantised"),
+        ("llama", _ask_router, "router_aux_loss_coef"),
+        ("mixtral", lambda trainer: None, "router_aux_loss_coef"),
+    ],
+)
+def test_what_could_not_be_rescored_is_not_recorded(tmp_path: Path, family: str, change: Any, said: str) -> None:
+    sizes = {"num_local_experts": 2, "num_experts_per_tok": 1} if family == "mixtral" else {}
+    lora = {"target_modules": ["q_proj", "v_proj", "o_proj"]}
+    trainer = make_trainer(tmp_path, model=tiny_model(family, num_hidden_layers=2, **sizes), lora=lora)
+    keep = TrajectoryOptions(keep=True)
+    change(trainer)
+    trainer.create_optimizer()
+    with pytest.raises(AttributionError, match=f"{said}.*trajectory.keep: false"):
+        check_recordable(keep, tmp_path, trainer, trainer.model, trainer.optimizer, steps=2)
+
+
+def test_a_stream_that_goes_on_keeps_its_pairs_apart(recorded: Recorded, tmp_path: Path) -> None:
+    """A number is one pair's, before the checkpoint and after; and a result for the earlier end is not the run's."""
+    plan = stopping.make_plan(
+        sae_in(tmp_path), attribution=AttributionOptions(engine="off"), trajectory=TrajectoryOptions(keep=True),
+        noise_draws=0, every=100, probes=recorded.plan.probes, distil=recorded.plan.distil,
+    )  # fmt: skip
+    run = tmp_path / "out" / "smda"
+    for stop, start in ((3, None), (4, 2)):
+        trainer = stopping.make_trainer(tmp_path / "out", MeasuringCallback(plan), stopping.Stop(stop))
+        trainer.train_dataset = trainer.train_dataset.to_iterable_dataset()
+        with pytest.raises(stopping.Stopped):
+            trainer.train(resume_from_checkpoint=start and str(tmp_path / "out" / f"checkpoint-{start}"))
+        if start is None:
+            result_file(run).parent.mkdir()
+            for name in (result_file(run).name, PARTIAL):
+                (result_file(run).parent / name).touch()
+    folder = TrajectoryFolder.open(run)
+    seen = [(pair, each.key) for n in folder.steps for b in read_step(folder.path, n).batches
+            for pair, each in zip(b.pairs, b.examples, strict=True)]  # fmt: skip
+    assert len({pair for pair, _ in seen}) == len(set(seen)) == 8
+    assert sorted(row["id"] for row in files.read_rows(folder.path / PAIRS)) == list(range(8))
+    assert [each.name for each in result_file(run).parent.iterdir()] == [f"superseded-1-{result_file(run).name}"]
+
+
+def test_what_was_found_for_another_end_is_not_gone_on_with(copy: Recorded) -> None:
+    folder = TrajectoryFolder.open(copy.run)
+    before = identity_of(folder, "same")
+    assert identity_of(folder, "same") == before
+    path = state_file(folder.path, folder.last)
+    tensors = load_file(path)
+    tensors["weight/0"][0, 0] += 1e-4
+    save_file(tensors, path)
+    assert identity_of(folder, "same") != before
+
+
+def test_the_check_says_how_many_steps_it_takes(copy: Recorded) -> None:
+    told: list[tuple[int, int]] = []
+
+    def tick(what: str, now: int, total: int) -> None:
+        if what == "rescore":
+            raise KeyboardInterrupt
+        told.append((now, total))
+
+    with pytest.raises(KeyboardInterrupt):
+        rescored(copy, ("refusal:harmful:logit",), tick)
+    assert told == [(k, 5) for k in range(1, 6)]  # of six: the first, the last, and three in between
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_that_was_lent_is_given_back(recorded: Recorded, own: bool) -> None:
+    model = base_model()
+    model.lm_head.train()
+    if not own:
+        model.lm_head.weight.data += 1.0
+    folder = TrajectoryFolder.open(recorded.run)
+    before = _looks(model)
+    with as_trained(folder):
+        if own:
+            replay = Replay(folder, model=model)
+            replay.model.train()
+            assert _looks(model) != before
+            replay.close()
+        else:
+            with pytest.raises(TrajectoryError, match="not the one that was trained"):
+                Replay(folder, model=model)
+    assert _looks(model) == before
+
+
+def test_random_state_comes_back(recorded: Recorded) -> None:
+    plain, arrays, tensors = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    folder = TrajectoryFolder.open(recorded.run)
+    with as_trained(folder):
+        Replay(folder, model=base_model()).close()
+        random.random(), np.random.rand()
+    assert random.getstate() == plain
+    assert np.array_equal(np.random.get_state()[1], arrays)
+    assert torch.equal(torch.get_rng_state(), tensors)
+
+
+def test_on_a_cpu_the_trainer_is_told_so(copy: Recorded) -> None:
+    path = copy.run / FOLDER / META
+    meta = files.read_json(path)
+    files.write_json(path, {**meta, "args": {**meta["args"], "use_cpu": False}})
+    replay = Replay(TrajectoryFolder.open(copy.run), model=base_model(), device="cpu")
+    assert replay.trainer.args.use_cpu
+    replay.close()
+
+
 def test_losses_of_packed_examples_are_those_of_padded_ones() -> None:
     model = base_model().eval()
     ids = torch.tensor([[5, 6, 7, 8, 9, 0, 0], [11, 12, 13, 14, 15, 16, 17]])
@@ -374,6 +572,13 @@ def test_a_training_that_goes_on_from_a_checkpoint_goes_on_recording(recorded: R
         read_step(second.path, n).pairs for n in first.steps
     ]
     assert first.pairs() == second.pairs()
+
+
+def _looks(model: Any) -> Any:
+    """All that a caller could see of a model but for its tensors."""
+    modules = [(name, type(each), each.training, sorted(vars(each))) for name, each in model.named_modules()]
+    weights = [(name, each.requires_grad, each.device) for name, each in model.named_parameters()]
+    return modules, weights, model.config.to_dict(), model.generation_config.to_dict()
 
 
 def _stored(recorded: Recorded, folder: Path) -> Any:
