@@ -54,7 +54,9 @@ def fidelity(setup: str, group: str = "refusal") -> Table:
         ]
         head = ["method", f"{group}, half left out", "a tenth", "ΔX, half", "ΔY, half", "coefficient, half", "CPU s"]
         notes = [f"{method}: left out ({why})." for method, why in found["missing"].items()]
-        return "\n".join([grid(head, rows), "", stamp(result), *notes])
+        # A set-up may have been run on fewer orders than the others.
+        orders = {"orders": found.get("orders", result["orders"])}
+        return "\n".join([grid(head, rows), "", stamp({**result, **orders}), *notes])
 
     return table
 

@@ -110,3 +110,10 @@ def test_faults_are_named(page: Path, text: str, said: str, capsys: pytest.Captu
     assert tables.main([str(page), "--results", str(page.parent)]) == 2
     assert said in capsys.readouterr().err
     assert page.read_text() == text
+
+
+@pytest.mark.parametrize("name", ["README.md", "recipes/evidence/README.md"])
+def test_what_is_written_is_what_the_results_say(name: str) -> None:
+    file = Path(tables.__file__).parents[2] / name
+    assert "<!-- evidence:lds-quickstart -->" in file.read_text(encoding="utf-8")
+    assert tables.main([str(file), "--check"]) == 0
