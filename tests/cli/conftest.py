@@ -76,8 +76,11 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 @pytest.fixture
 def tiny_quickstart(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The quickstart on the shelf's model, SAE and probes, with 16 pairs: seconds instead of a minute."""
+    import wandb
+
     from smda_callbacks.cli import quickstart_run  # most commands need none of the training libraries
 
+    wandb.teardown()  # W&B keeps the mode that it was first asked for in this process, by whichever test
     whole = quickstart_run.settings
     small = {
         "probes": {"sources": [{"source": shelf.probes}]},
