@@ -260,7 +260,6 @@ def test_random_moves_are_above_their_own_floor_about_as_often_as_they_should() 
 # Whole ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_faithfulness(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
@@ -273,7 +272,6 @@ def test_a_quick_run_of_faithfulness(tmp_path: Path) -> None:
     assert all(row["predicted"]["right_sign"] > 0.7 for row in single)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_quick_run_of_noise(tmp_path: Path) -> None:
     out = tmp_path / "found.json"

