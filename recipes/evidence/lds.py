@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -115,34 +115,46 @@ def show(result: dict[str, Any]) -> None:
             print(f"  {method}: left out: {why}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def comparison_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every script that compares methods on retrained runs; see :func:`compared`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_setups(parser)
     parser.add_argument("--orders", type=int, help="orders of the pairs (default 3)")
-    parser.add_argument("--subsets", type=int, help="trainings per kind of drop and order (default 60)")
-    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
     parser.add_argument("--methods", nargs="+", choices=FAMILIES, metavar="FAMILY", help=f"of {', '.join(FAMILIES)}")
     parser.add_argument("--json", metavar="FILE", type=Path, default=None, help="write the results there")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def with_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """The options of :func:`comparison_parser`, those not given at their defaults."""
     args.orders = args.orders or (1 if args.quick else 3)
-    args.subsets = args.subsets or (10 if args.quick else 60)
     args.methods = args.methods or (list(QUICK) if args.quick else list(FAMILIES))
+    return args
+
+
+def compared(
+    args: argparse.Namespace, compare: Callable[[Setup, argparse.Namespace], dict[str, Any]], **further: Any
+) -> dict[str, Any]:
+    """Results of all setups, written after each: a long run that is stopped keeps what it has."""
     torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        **provenance(args),
-        "subsets": args.subsets,
-        "drops": DROPS,
-        "groups": GROUPS,
-        "left_out": f"targets whose outcomes spread less than {LEAST_SPREAD} of their group's median spread",
-        "setups": {},
-    }
+    result: dict[str, Any] = {**provenance(args), **further, "setups": {}}
     for setup in chosen_setups(args):
         result["setups"][setup.name] = compare(setup, args)
-        if args.json is not None:  # after every setup: a long run that is stopped keeps what it has
+        if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, print, write."""
+    parser = comparison_parser(__doc__)
+    parser.add_argument("--subsets", type=int, help="trainings per kind of drop and order (default 60)")
+    parser.add_argument("--draws", type=int, default=1000, help="of the bootstrap")
+    args = with_defaults(parser.parse_args(argv))
+    args.subsets = args.subsets or (10 if args.quick else 60)
+    left_out = f"targets whose outcomes spread less than {LEAST_SPREAD} of their group's median spread"
+    show(compared(args, compare, subsets=args.subsets, drops=DROPS, groups=GROUPS, left_out=left_out))
     return 0
 
 

@@ -12,7 +12,6 @@ random, and drawn at random with as many of every kind (refused, complied with, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -20,15 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs as a file, too
 
-from recipes.evidence.lds import predictions, provenance
-from recipes.evidence.methods import FAMILIES, QUICK
+from recipes.evidence.lds import compared, comparison_parser, predictions, with_defaults
 from recipes.evidence.retrain import Array
-from recipes.evidence.setups import Setup, add_setups, chosen_setups
+from recipes.evidence.setups import Setup
 from recipes.evidence.truth import Truth, drops
 
 TARGET = "refusal:harmful"
@@ -138,26 +135,13 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Retrain, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_setups(parser)
-    parser.add_argument("--orders", type=int, help="orders of the pairs (default 3)")
+    parser = comparison_parser(__doc__)
     parser.add_argument("--draws", type=int, help="random choices per share and order (default 20)")
-    parser.add_argument("--methods", nargs="+", choices=FAMILIES, metavar="FAMILY", help=f"of {', '.join(FAMILIES)}")
-    parser.add_argument("--json", metavar="FILE", type=Path, default=None, help="write the results there")
-    args = parser.parse_args(argv)
-    args.orders = args.orders or (1 if args.quick else 3)
+    args = with_defaults(parser.parse_args(argv))
     args.draws = args.draws or (4 if args.quick else 20)
-    args.methods = args.methods or (list(QUICK) if args.quick else list(FAMILIES))
     if REFERENCE not in args.methods:
         parser.error(f"--methods must hold {REFERENCE}: random draws are matched to the kinds of its pairs.")
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {**provenance(args), "draws": args.draws, "target": TARGET, "setups": {}}
-    for setup in chosen_setups(args):
-        result["setups"][setup.name] = compare(setup, args)
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    show(result)
+    show(compared(args, compare, draws=args.draws, target=TARGET))
     return 0
 
 

@@ -17,17 +17,18 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Found:
-    """What the processes left: their notes by rank, and a folder with the stores."""
+    """What the processes left: their notes by rank, a folder with the stores, and what they said on stderr."""
 
     notes: tuple[dict[str, Any], ...]
     out: Path
+    said: str = ""
 
 
-def found_by(module: str, sae: Path, out: Path) -> Found:
-    """Run ``python -m MODULE SAE OUT`` twice, and read the notes that it leaves as ``OUT/<rank>.pt``."""
-    done = torchrun(module, sae, out, cwd=out)
+def found_by(module: str, sae: Path, out: Path, *given: object) -> Found:
+    """Run ``python -m MODULE SAE OUT GIVEN...`` twice, and read the notes that it leaves as ``OUT/<rank>.pt``."""
+    done = torchrun(module, sae, out, *given, cwd=out)
     assert done.returncode == 0, done.stderr[-4000:]
-    return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out)
+    return Found(tuple(torch.load(out / f"{rank}.pt") for rank in range(2)), out, done.stderr)
 
 
 def torchrun(module: str, *given: object, cwd: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
