@@ -7,6 +7,7 @@
 * ``..._top_half``: adapters on the layers from n/2 on, rounded up; ``..._no_keep`` computes the others every time, too.
 * ``..._system_prompt``: behind a system prompt, whose tokens all probes share; ``..._no_share_prefix`` reads it in
   every row. Pairs cannot be attributed by engine ghost with that saving.
+* ``reading_...``: savings without a switch, see recipes/benchmark_readings.py.
 * ``padding_of_probes``: share of the columns without a token; ``kept_of_lower_layers``: MiB.
 """
 
@@ -20,6 +21,7 @@ import torch
 from peft import get_peft_model
 
 from recipes.benchmark_maths import Figure, in_turns
+from recipes.benchmark_readings import readings
 from recipes.benchmark_training import Options, load, lora, settings, training_arguments
 from smda_callbacks.config.build import build_plan
 from smda_callbacks.observe.activations import decoder_layers
@@ -58,13 +60,27 @@ CASES = (
 
 
 def measurements(options: Options, cases: tuple[Case, ...] = CASES) -> Iterator[Figure]:
-    """The figures of all cases."""
+    """The figures of all cases, and of readings without the savings that have no switch."""
     for case in cases:
         yield from measurement(options, case)
+    monitor, adapted = watched(options, Case("", {}))
+    yield from readings(monitor.instrument, adapted, options)
 
 
 def measurement(options: Options, case: Case) -> Iterator[Figure]:
     """One measurement of the callback over a bare pass."""
+    monitor, adapted = watched(options, case)
+    turns = in_turns(_measure(monitor, adapted), _forward(monitor, adapted, options), options.repeats, options.device)
+    if not case.name:
+        yield Figure(NAME, [a.wall / b.wall for a, b in turns], case.target)
+        yield Figure("padding_of_probes", [monitor.instrument.batches.padding], unit="share")
+    yield Figure(f"{NAME}_cpu{case.name}", [a.cpu / b.cpu for a, b in turns], case.target)
+    if case.name == "_top_half":
+        yield Figure("kept_of_lower_layers", [monitor.instrument.savings.lower.bytes / 2**20], unit="MiB")
+
+
+def watched(options: Options, case: Case) -> tuple[Monitor, Any]:
+    """The callback's monitor of a model with adapters, and the model."""
     model, tokenizer = load(options)
     adapted: Any = get_peft_model(model, _lora(model, case.top_half))
     plan = build_plan(settings(options, case.chosen))
@@ -77,14 +93,7 @@ def measurement(options: Options, case: Case) -> Iterator[Figure]:
         attribution=AttributionOptions(engine="off"),
     )
     trainer = Trainer(training_arguments(options, "unused"), None, None, tokenizer)
-    monitor = Monitor(plan, adapted.eval(), trainer, 0, 1e-3)
-    turns = in_turns(_measure(monitor, adapted), _forward(monitor, adapted, options), options.repeats, options.device)
-    if not case.name:
-        yield Figure(NAME, [a.wall / b.wall for a, b in turns], case.target)
-        yield Figure("padding_of_probes", [monitor.instrument.batches.padding], unit="share")
-    yield Figure(f"{NAME}_cpu{case.name}", [a.cpu / b.cpu for a, b in turns], case.target)
-    if case.name == "_top_half":
-        yield Figure("kept_of_lower_layers", [monitor.instrument.savings.lower.bytes / 2**20], unit="MiB")
+    return Monitor(plan, adapted.eval(), trainer, 0, 1e-3), adapted
 
 
 def _lora(model: Any, top_half: bool) -> Any:

@@ -159,6 +159,9 @@ def policy_hash(policy: PolicyRecord) -> str:
 class NoiseFloor:
     """Root mean square shift under random LoRA updates of the size of one optimizer step at peak learning rate.
 
+    Around the model at which it was measured: that of the start (RunStart), and those that windows bring, each of which
+    holds for its own window and for the later ones until the next.
+
     ``rounding`` is the same for updates a thousand times smaller: what rounding alone does. A step of relative size s
     has the floor sqrt(rounding² + (s·random)²).
     """
@@ -267,6 +270,7 @@ class WindowRecord:
     pairs: PairBook | None = None  # None where the window was not attributed
     pairs_seen: tuple[Pair, ...] = ()  # pairs that this window saw first
     unattributed: str | None = None  # why it has no pairs; None too where attribution.every leaves it out
+    noise: NoiseFloor | None = None  # the floor where it was measured again, at the window's end; holds from here on
 
 
 @dataclass(frozen=True)
@@ -278,7 +282,7 @@ class RunStart:
     policy: PolicyRecord
     baseline: WindowRecord  # status ok, no shift; step is the step training starts from
     gaps: tuple[Mapping[str, Any], ...]  # rows of the gap table, see maths.gaps.Gap for the keys
-    noise: NoiseFloor | None
+    noise: NoiseFloor | None  # around the baseline; see WindowRecord.noise
 
 
 @dataclass(frozen=True)

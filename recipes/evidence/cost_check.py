@@ -1,7 +1,8 @@
 """The cost model against everything that was measured: relative errors of all rows, and its predictions for large runs.
 
-``own``: calibrated by the plain training step of the same set-up, as a user would with the step of their own run.
-``one``: by that of one set-up, the first of the scaling's, for all of them.
+``own``: calibrated by the bare training step of the same set-up: forward, backward, optimizer, and no trainer around
+it. ``one``: by that of one set-up, the first of the scaling's, for all of them. Of a training by TRL what is predicted
+is the time that watching adds; it is set over the step that was measured without, whose trainer takes time of its own.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from recipes.evidence.cost_model import CPU_THREAD, DATACENTRE_GPU, Machine, Work, calibrated
+from recipes.evidence.cost_machine import CPU_THREAD, DATACENTRE_GPU, Machine, Stated, calibrated
+from recipes.evidence.cost_model import Work
 from recipes.evidence.cost_parts import book, capture, exact, functional_gradients, measure, parts, train
 from recipes.evidence.cost_runs import lines as run_lines
 from recipes.evidence.cost_runs import predict
+from recipes.evidence.overhead_setups import pairs_made
+from recipes.evidence.overhead_turns import FEW, STEPS, blocks
 
 #: Parts that are checked.
 CHECKED = ("forward", "measure", "capture", "ghost", "exact", "refit")
@@ -46,7 +50,7 @@ def check_model(found: Mapping[str, Any]) -> dict[str, Any]:
         "errors": rows,
         "summary": summary,
         "flops_per_second": {"one": one.flops, **{name: machine_of(row, stated).flops for name, row in cases}},
-        "stated": {"balance, launch": stated, "worth": WORTH},
+        "stated": {"machine": stated._asdict(), "worth": WORTH},
         "predicted": predicted,
         "lines": [*_lines(summary), "", *run_lines(predicted)],
     }
@@ -65,14 +69,12 @@ def _cases(found: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield name, part["parts"]
 
 
-def machine_of(row: Mapping[str, Any], stated: tuple[float, float]) -> Machine:
+def machine_of(row: Mapping[str, Any], stated: Stated) -> Machine:
     """Calibrated by this set-up's plain training step."""
     return calibrated(train(Work.from_json(row["work"])), row["seconds"]["train"]["value"], stated)
 
 
-def _part_errors(
-    name: str, row: Mapping[str, Any], one: Machine, stated: tuple[float, float]
-) -> Iterator[dict[str, Any]]:
+def _part_errors(name: str, row: Mapping[str, Any], one: Machine, stated: Stated) -> Iterator[dict[str, Any]]:
     costs, own = parts(Work.from_json(row["work"])), machine_of(row, stated)
     step = row["seconds"]["train"]["value"]
     for part in CHECKED:
@@ -84,16 +86,17 @@ def _part_errors(
         yield {"row": name, "part": part, "measured": measured, **errors, "worth": worth}
 
 
-def _ratio_errors(name: str, part: Mapping[str, Any], stated: tuple[float, float]) -> Iterator[dict[str, Any]]:
-    """Trainings by TRL, watched over not watched, predicted from the plain training's step alone."""
+def _ratio_errors(name: str, part: Mapping[str, Any], stated: Stated) -> Iterator[dict[str, Any]]:
+    """Trainings by TRL, watched over not watched."""
     if "parts" not in part:
         return
-    work = trl_work(part["parts"])
-    own = calibrated(train(work), part["rows"]["plain"]["milliseconds"] / 1e3, stated)
-    step = own.seconds(train(work))
-    for row, costs in ratio_costs(work).items():
+    own, work = machine_of(part["parts"], stated), Work.from_json(part["parts"]["work"])
+    step = part["rows"]["plain"]["milliseconds"] / 1e3
+    for row in ratio_costs(work):
         if row in part["rows"]:
             measured = part["rows"][row]["value"]
+            carried = carried_at(part["rows"][row]["steps"], row, work.carried)
+            costs = ratio_costs(replace(work, carried=carried))[row]
             ratio = 1 + sum(own.seconds(each) for each in costs) / step
             yield {
                 "row": f"{name}: {row}",
@@ -105,10 +108,11 @@ def _ratio_errors(name: str, part: Mapping[str, Any], stated: tuple[float, float
             }
 
 
-def trl_work(row: Mapping[str, Any]) -> Work:
-    """The work of TRL's training: only answers are predicted, and the vocabulary's part is made again for gradients."""
-    work = Work.from_json(row["work"])
-    return replace(work, train=tuple(replace(each, predicted=row["answers"]) for each in work.train), head=3)
+def carried_at(steps: int, row: str, most: int) -> int:
+    """Earlier steps whose momentum a training has followed, on the mean over the steps that its figure is taken of."""
+    _, warm, size = FEW.get(row, STEPS)
+    counted = [step for block in blocks(steps, warm, size) for step in block]
+    return round(sum(min(step, most) for step in counted) / max(len(counted), 1))
 
 
 def ratio_costs(work: Work) -> dict[str, list[Any]]:
@@ -118,8 +122,8 @@ def ratio_costs(work: Work) -> dict[str, list[Any]]:
         window = measure(work) * (1 / every)
         found[f"step{suffix}"] = [window]
         found[f"ghost{suffix}"] = [window, capture(work), functional_gradients(work) * (1 / every), book(work)]
-        pairs = replace(work, pairs=work.pairs * every)
-        found[f"exact{suffix}"] = [window, capture(work), exact(pairs) * (1 / every)]
+        pairs = min(work.pairs * every, pairs_made(work.pairs))  # those of a window, once each
+        found[f"exact{suffix}"] = [window, capture(work), exact(work, pairs=pairs, steps=every) * (1 / every)]
     return found
 
 

@@ -1,85 +1,36 @@
-"""What watching a run costs, computed: FLOPs, bytes and calls of every part of the callback, and seconds from them.
+"""What watching a run costs, computed: FLOPs, bytes and calls of every part of the callback.
 
 All that is counted is read off the code: tokens of the training batch and of the probes (padding, and the tree of
 openings behind every prompt, included), passes forward and backward, gradients of LoRA matrices, functionals,
-dictionary. Seconds are
-
-    FLOPs / F  +  bytes / (F / balance)  +  calls * launch
-
-``F``, the FLOP/s that a plain training step reaches, is the one number that is measured; ``balance`` (FLOPs in the time
-of one byte) and ``launch`` (seconds of a call of a kernel) are stated per kind of machine. Bytes are counted where
-arrays are combined element by element outside of the model; inside of it they are in ``F``, for the training step has
-them as well.
+dictionary. Bytes are counted where arrays are combined element by element outside of the model; inside of it they are
+in what a FLOP takes, for the training step has them as well. What seconds that makes is in
+recipes/evidence/cost_machine.py.
 
 Conventions as of torch.utils.flop_counter: a multiplication with an addition is two; attention is counted in full,
-masked places included; the backward pass of a frozen layer is one forward pass, that of attention two.
+masked places included; the backward pass of a frozen layer is one forward pass, that of attention two. Calls are those
+that torch's dispatcher and Python's profiler count, to about a tenth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: Calls of kernels in a decoder layer forward: its own, and what adapters on its seven linear layers add.
-CALLS, ADAPTER_CALLS = 40, 35
+from recipes.evidence.cost_machine import Cost
+
+#: Calls of a forward pass: of a decoder layer, of the adapters on its seven linear layers, and of what is around them.
+LAYER_CALLS, ADAPTER_CALLS, PASS_CALLS = (
+    Cost(calls=70, python=150),
+    Cost(calls=70, python=330),
+    Cost(calls=39, python=490),
+)
+
+#: Calls of a backward pass in a layer with adapters.
+BACKWARD_CALLS = 220
 
 #: Passes over an array of single precision that are combined element by element: read, read, written.
 PASS = 12
-
-
-@dataclass(frozen=True)
-class Cost:
-    """FLOPs, bytes moved by element-wise work, calls of kernels."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-    calls: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.calls + other.calls)
-
-    def __mul__(self, times: float) -> Cost:
-        return Cost(self.flops * times, self.bytes * times, self.calls * times)
-
-
-def total(costs: Sequence[Cost]) -> Cost:
-    """The sum."""
-    return sum(costs, Cost())
-
-
-@dataclass(frozen=True)
-class Machine:
-    """``flops``: FLOP/s reached; ``balance``: FLOPs in the time of one byte; ``launch``: seconds of a call."""
-
-    flops: float
-    balance: float
-    launch: float
-
-    def seconds(self, cost: Cost) -> float:
-        """Seconds of this cost."""
-        return (cost.flops + cost.bytes * self.balance) / self.flops + cost.calls * self.launch
-
-
-#: Stated, not measured: (balance, launch). One CPU thread of 50 GFLOP/s moves about 10 GB/s; a data-centre GPU of 1000
-#: TFLOP/s in bf16 at 40 % moves about 3 TB/s.
-CPU_THREAD, DATACENTRE_GPU = (5.0, 1e-5), (130.0, 8e-6)
-
-
-def calibrated(step: Cost, seconds: float, stated: tuple[float, float] = CPU_THREAD) -> Machine:
-    """The machine on which a plain training step of this cost takes so long.
-
-    Raises:
-        ValueError: the calls alone would take longer.
-    """
-    balance, launch = stated
-    left = seconds - step.calls * launch
-    if left <= 0:
-        raise ValueError(
-            f"a training step of {seconds:.3g} s is shorter than its {step.calls:.0f} calls of {launch:.1g} s. Next "
-            "step: calibrate with a larger model or batch."
-        )
-    return Machine((step.flops + step.bytes * balance) / left, balance, launch)
 
 
 @dataclass(frozen=True)
@@ -159,7 +110,8 @@ def forward(
     per_token = (last - first) * (frozen + attention) + adapted * 2 * sum(lora.sizes(shape))
     flops: float = tokens.count * per_token + 2 * tokens.predicted * shape.hidden * shape.vocabulary
     flops -= trim * (tokens.count - tokens.predicted) * mlp(shape, lora, adapters=1)
-    return Cost(flops, _logits(shape, tokens), (last - first) * CALLS + adapted * ADAPTER_CALLS)
+    calls = LAYER_CALLS * (last - first) + ADAPTER_CALLS * adapted + PASS_CALLS
+    return Cost(flops, _logits(shape, tokens)) + calls
 
 
 def backward(
@@ -187,7 +139,7 @@ def backward(
     per_token = (last - lowest) * (frozen + attention + adapters) - spared
     flops: float = tokens.count * per_token + 2 * tokens.predicted * shape.hidden * shape.vocabulary
     flops -= trim * (tokens.count - tokens.predicted) * mlp(shape, lora, adapters=2 if weights else 1)
-    return Cost(flops, _logits(shape, tokens), 2 * (last - lowest) * (CALLS + ADAPTER_CALLS))
+    return Cost(flops, _logits(shape, tokens), calls=(last - lowest) * BACKWARD_CALLS)
 
 
 def mlp(shape: Shape, lora: Lora, *, adapters: int) -> float:

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from recipes.evidence.cost_model import PASS, Cost, Tokens, Work, backward, forward, mlp, total
+from recipes.evidence.cost_machine import Cost, fresh, total
+from recipes.evidence.cost_model import PASS, Tokens, Work, backward, forward, mlp
 
 #: Ridge systems that the books of a window solve: refit, pathways, first order, account, halves of the probes.
 FITS = 14
 
-#: Passes over a dictionary-wide array by the SAE's health; over the pairs' gradients by their capture, by the step's
-#: own shares and effects, and by one earlier step whose momentum is followed (14 calls, some of them in place).
-HEALTH_PASSES, CAPTURE_PASSES, OWN_PASSES, LATER_PASSES = 12, 3, 16, 12
+#: Arrays as large as the logits that a training step makes: these, their log-softmax, and the gradients of both.
+LOGITS = 4
 
-#: Calls per LoRA matrix of the same, and of clipping and AdamW.
-CAPTURE_CALLS, OWN_CALLS, LATER_CALLS, STEP_CALLS = 20, 30, 18, 15
+#: Calls of one of them: 120 that Python's profiler sees, and 25 operations of numpy, each of which takes about as long
+#: as five.
+FIT_CALLS = Cost(python=120 + 25 * 5)
+
+#: A walk over the modules of a model: around them, per layer, per layer of adapters. Such a walk makes, for example,
+#: ``model.eval()``.
+WALK, LAYER_WALK, ADAPTER_WALK = 200, 270, 1470
+
+#: Walks of a reading, which keeps and puts back the state of every module, and of the pass for features' gradients.
+READING_WALKS, FEATURE_WALKS = 8, 7
+
+#: Calls of a reading per batch, per lower layer that is kept (is it still what it was?), of the rest of a measurement.
+BATCH_CALLS, KEPT_CALLS, BOOK_CALLS = Cost(calls=58, python=630), Cost(calls=50), Cost(calls=73, python=4100)
+
+#: Passes over a dictionary-wide array by the SAE's health. Over the pairs' gradients, and over arrays as large as the
+#: weights, by their capture, by the step's own shares and effects, and by one earlier step whose momentum is followed.
+#: Over the weights by engine exact, for one pair in one step and for one reading.
+HEALTH_PASSES, CAPTURE_PASSES, OWN_PASSES, LATER_PASSES = 12, (3, 12), (16, 100), (13, 0)
+PAIR_PASSES, MOVE_PASSES = (0, 25), (0, 5)
+
+#: Calls per LoRA matrix of clipping and AdamW, of the books of a measurement, of a capture, of the step's own shares
+#: and effects, of an earlier step's; of engine exact for one pair in one step, and for one reading.
+STEP_CALLS, SITE_CALLS = Cost(calls=12, python=130), Cost(calls=9, python=19)
+CAPTURE_CALLS, OWN_CALLS = Cost(calls=25, python=123), Cost(calls=143, python=170)
+LATER_CALLS, PAIR_CALLS = Cost(calls=29, python=44), Cost(calls=60, python=120)
+MOVE_CALLS = Cost(calls=10, python=20)
+
+#: Calls per LoRA matrix of a batch's gradients by all functionals, and of those of all batches together.
+BASIS_CALLS, MIX_CALLS = 9, 5
 
 
 def parts(work: Work) -> dict[str, Cost]:
@@ -32,7 +59,7 @@ def parts(work: Work) -> dict[str, Cost]:
         "capture": capture(work),
         "ghost": ghost(work),
         "exact": exact(work),
-        "refit": Cost(_fit(work)),
+        "refit": fit(work),
     }
 
 
@@ -40,12 +67,14 @@ def train(work: Work) -> Cost:
     """Forward and backward of the training batch; AdamW is a few passes over the adapters."""
     passes = [forward(work.shape, work.lora, each) + backward(work.shape, work.lora, each) for each in work.train]
     again = sum(each.predicted for each in work.train) * 2 * work.shape.hidden * work.shape.vocabulary * (work.head - 2)
-    return total(passes) + Cost(again, 6 * PASS * work.lora.weights(work.shape), STEP_CALLS * _sites(work))
+    optimizer = Cost(again, cached=6 * PASS * work.lora.weights(work.shape)) + STEP_CALLS * _sites(work)
+    logits = [fresh(4 * each.predicted * work.shape.vocabulary, LOGITS) for each in work.train]
+    return total([*passes, *logits]) + optimizer + walks(work, 1)
 
 
 def bare(work: Work) -> Cost:
     """A forward pass over all places of the probes, with nothing kept and no start shared."""
-    return total([forward(work.shape, work.lora, each) for each in work.probes])
+    return total([forward(work.shape, work.lora, each) for each in work.probes]) + walks(work, 1)
 
 
 def reading(work: Work) -> Cost:
@@ -53,22 +82,28 @@ def reading(work: Work) -> Cost:
     rows = sum(each.rows for each in work.probes)
     layers = (work.kept, work.shape.layers)
     passes = [forward(work.shape, work.lora, _read(work, each), layers, trim=work.trim) for each in work.probes]
-    return total(passes) + Cost(2 * rows * work.shape.hidden * work.support)
+    around = BATCH_CALLS * len(work.probes) + KEPT_CALLS * work.kept + walks(work, READING_WALKS)
+    return total(passes) + Cost(2 * rows * work.shape.hidden * work.support) + around
+
+
+def walks(work: Work, times: float) -> Cost:
+    """Walks over the modules of the model."""
+    return Cost(python=times * (WALK + LAYER_WALK * work.shape.layers + ADAPTER_WALK * work.lora.layers))
 
 
 def measure(work: Work) -> Cost:
     """A reading, the SAE's health (encoded, decoded, and its change decoded twice), the books."""
     rows = sum(each.rows for each in work.probes)
     health = Cost(8 * rows * work.shape.hidden * work.features, HEALTH_PASSES * PASS * rows * work.features)
-    return reading(work) + health + Cost(FITS * _fit(work))
+    health += fresh(4 * rows * work.features, HEALTH_PASSES)
+    return reading(work) + health + fit(work) * FITS + BOOK_CALLS + SITE_CALLS * _sites(work)
 
 
 def capture(work: Work) -> Cost:
     """Gradients of single pairs: those of the LoRA matrices once more, row by row, and what the step did with them."""
     weights = work.lora.weights(work.shape)
     tokens = sum(each.count for each in work.train)
-    passes = PASS * (CAPTURE_PASSES * work.pairs + 12) * weights
-    return Cost(2 * tokens * weights, passes, _sites(work) * CAPTURE_CALLS)
+    return _per_row(2 * tokens * weights) + Cost(cached=_passes(work, CAPTURE_PASSES)) + CAPTURE_CALLS * _sites(work)
 
 
 def ghost(work: Work) -> Cost:
@@ -87,8 +122,10 @@ def _output_gradients(work: Work) -> Cost:
     weights = work.lora.weights(work.shape)
     back = [backward(work.shape, work.lora, each, weights=False, trim=work.trim) for each in work.probes]
     tokens, rows = (sum(getattr(each, name) for each in work.probes) for name in ("count", "rows"))
-    added = Cost(2 * (tokens + rows * work.basis) * weights, 0.0, 4 * _sites(work) * len(work.probes))
-    return total(back) + added + Cost(2 * work.functionals * work.basis * weights, PASS * work.functionals * weights)
+    added = _single(2 * rows * work.basis * weights) + _per_row(2 * tokens * weights)
+    mixed = _single(2 * work.functionals * work.basis * weights) + Cost(bytes=PASS * work.functionals * weights)
+    calls = BASIS_CALLS * len(work.probes) + MIX_CALLS
+    return total(back) + added + mixed + Cost(calls=calls * _sites(work))
 
 
 def _feature_gradients(work: Work) -> Cost:
@@ -104,21 +141,28 @@ def _feature_gradients(work: Work) -> Cost:
     back = total([backward(work.shape, work.lora, each, layers) for each in prompts]) * work.renewed
     spared = mlp(work.shape, work.lora, adapters=adapted)
     spared += work.renewed * mlp(work.shape, work.lora, adapters=2) if adapted else 0
-    return there + back + Cost(-spared * sum(each.count - each.rows for each in prompts))
+    spared *= sum(each.count - each.rows for each in prompts)
+    return there + back + walks(work, FEATURE_WALKS) + Cost(-spared)
 
 
 def book(work: Work) -> Cost:
     """Shares and effects of one step's pairs, and of earlier steps' through the momentum."""
     weights, steps = work.lora.weights(work.shape), 1 + work.carried
     dots = 2 * 2 * steps * work.pairs * weights * work.functionals
-    passes = PASS * work.pairs * weights * (OWN_PASSES + LATER_PASSES * work.carried)
-    return Cost(dots, passes, _sites(work) * (OWN_CALLS + LATER_CALLS * work.carried))
+    passes = _passes(work, OWN_PASSES) + _passes(work, LATER_PASSES) * work.carried
+    return _single(dots) + Cost(cached=passes) + (OWN_CALLS + LATER_CALLS * work.carried) * _sites(work)
 
 
-def exact(work: Work) -> Cost:
-    """Three readings per pair and two for the momentum; weights are put back as often."""
-    readings = 3 * work.pairs + 2
-    return (reading(work) + Cost(FITS / 2 * _fit(work), 4 * PASS * work.lora.weights(work.shape))) * readings
+def exact(work: Work, *, pairs: int | None = None, steps: int = 1) -> Cost:
+    """Three readings per pair and two for the momentum, at weights that are put in and back.
+
+    ``pairs``: of the window (None: those of one step); ``steps``: of the window, in each of which a pair's part is
+    computed, whether it was in it or not.
+    """
+    pairs = work.pairs if pairs is None else pairs
+    part = Cost(cached=_passes(work, PAIR_PASSES)) + PAIR_CALLS * _sites(work)
+    moved = Cost(cached=_passes(work, MOVE_PASSES)) + MOVE_CALLS * _sites(work)
+    return part * (pairs * steps) + (reading(work) + fit(work) * (FITS / 2) + moved) * (3 * pairs + 2)
 
 
 def _read(work: Work, batch: Tokens) -> Tokens:
@@ -126,11 +170,26 @@ def _read(work: Work, batch: Tokens) -> Tokens:
     return replace(batch, columns=batch.columns - work.prefix)
 
 
-def _fit(work: Work) -> float:
+def fit(work: Work) -> Cost:
     """A ridge system in double precision, which takes twice as long."""
     rows = sum(each.rows for each in work.probes)
     small, large = sorted((rows, work.support))
-    return 2 * (2 * small * small * large + 2 / 3 * small**3)
+    return Cost(2 * (2 * small * small * large + 2 / 3 * small**3)) + FIT_CALLS
+
+
+def _single(flops: float) -> Cost:
+    """Products in single precision."""
+    return Cost(flops, single=flops)
+
+
+def _per_row(flops: float) -> Cost:
+    """Gradients of LoRA matrices row by row, one of whose two sizes is the rank."""
+    return Cost(flops, single=flops, thin=flops)
+
+
+def _passes(work: Work, passes: tuple[float, float]) -> float:
+    """Bytes of passes over the pairs' gradients, and over arrays as large as the weights."""
+    return PASS * (passes[0] * work.pairs + passes[1]) * work.lora.weights(work.shape)
 
 
 def _sites(work: Work) -> int:

@@ -1,8 +1,8 @@
 """What the cost model says of LoRA runs of 3B, 8B and 70B on 8 to 64 GPUs. Predicted, not measured; assumptions are
 stated.
 
-DDP: probes are shared over ranks batch by batch; engine ghost reads them with gradients on the main process, for which
-the others wait. FSDP2: step level only; in every round of batches all ranks gather every layer.
+DDP: probes are shared over ranks batch by batch, with gradients (engine ghost) too, which are then added up on the main
+process. FSDP2: step level only; in every round of batches all ranks gather every layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from recipes.evidence.cost_model import DATACENTRE_GPU, Lora, Machine, Shape, Tokens, Work
+from recipes.evidence.cost_machine import DATACENTRE_GPU, Machine
+from recipes.evidence.cost_model import Lora, Shape, Tokens, Work
 from recipes.evidence.cost_parts import book, capture, functional_gradients, measure, reading, train
 
 GIB = 2**30
@@ -30,8 +31,8 @@ ON_ONE_GPU = ("Llama-3.2-3B", "Llama-3.1-8B")
 @dataclass(frozen=True)
 class Assumptions:
     """Of a run, whose ghost leaves momentum in its own line (carrying it takes memory). ``mfu``: share of the peak that
-    training reaches, and reading too. ``gather``: bytes per second and GPU at which FSDP2 gathers weights, within a
-    node of eight and beyond. ``answer``: tokens of a row that are predicted.
+    training reaches, and reading too. ``gather``: bytes per second and GPU at which FSDP2 gathers weights and gradients
+    are added up, within a node of eight and beyond. ``answer``: tokens of a row that are predicted.
     """
 
     peak: float = 989e12  # H100 SXM, bf16, dense
@@ -78,19 +79,22 @@ def work_of(shape: Shape, given: Assumptions) -> Work:
 
 
 def ddp(shape: Shape, gpus: int, given: Assumptions) -> dict[str, Any]:
-    """Seconds of a step and of the callback's parts. The slowest rank's share of the probes counts."""
+    """Seconds of a step and of the callback's parts. The slowest rank's share of the probes counts.
+
+    What the gradients are added up of: the basis of the functionals, and those of the features that are renewed.
+    """
     work, at = work_of(shape, given), given.machine.seconds
     rounds = -(-len(work.probes) // gpus)
     longest = replace(work, probes=work.probes[:rounds])
     books = measure(work) + reading(work) * -1.0
     everybody = replace(work, pairs=work.pairs * gpus)
-    ghost = at(functional_gradients(work)) + at(reading(work)) - at(reading(longest))
     weights = 4 * work.lora.weights(shape)
+    sums = (work.basis + work.renewed) * weights / given.gather[0 if gpus <= 8 else 1] if gpus > 1 else 0.0
     return {
         "train": at(train(work)),
         "measure": at(reading(longest)) + at(books),
         "capture": at(capture(work)),
-        "ghost": ghost,
+        "ghost": at(functional_gradients(longest)) + sums,
         "book": at(book(everybody)),
         # gradients of functionals before and after the window, their mean, and the basis; pairs of each of its steps
         "ghost_gib": (3 * work.functionals + work.basis) * weights / GIB,
@@ -120,7 +124,7 @@ def predict(given: Assumptions | None = None, gpus: Sequence[int] = (8, 16, 32, 
             for count in gpus:
                 found = (ddp if how == "DDP" else fsdp)(shape, count, given)
                 runs.append({"model": name, "how": how, "gpus": count, **found, "ratios": _ratios(found)})
-    return {"assumptions": asdict(given), "stated": {"balance, launch": DATACENTRE_GPU}, "runs": runs}
+    return {"assumptions": asdict(given), "stated": DATACENTRE_GPU._asdict(), "runs": runs}
 
 
 def _ratios(found: dict[str, float]) -> dict[str, float]:

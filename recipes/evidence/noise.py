@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs 
 
 from recipes.evidence.faithfulness import stamp
 from recipes.evidence.interventions import along
-from recipes.evidence.null import ANY, CATEGORIES, NOMINAL, Watch, false_positives
+from recipes.evidence.null import ANY, CATEGORIES, KINDS, NOMINAL, Watch, false_positives
 from recipes.evidence.reruns import (
     SAME_FEATURE,
     by_reliability,
@@ -100,19 +100,21 @@ def pooled(groups: Sequence[Sequence[Findings]]) -> dict[str, Survival]:
 def null_of(setup: Setup, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Part 2 of a setup."""
     model, tokenizer = setup.adapted()
-    kept: list[dict[str, torch.Tensor]] = []
+    kept: dict[int, dict[str, torch.Tensor]] = {}
     total = setup.hyper.steps(len(setup.rows))
+    half = max(total // 2, 1)
 
     def keep(trained: Any, _: Any, step: int) -> None:
-        kept.append({name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad})
+        kept[step] = {name: value.detach().clone() for name, value in trained.named_parameters() if value.requires_grad}
 
-    along(setup, [total], keep)
-    trained, _ = setup.adapted()
-    trained.load_state_dict(kept[0], strict=False)
+    along(setup, [half, total], keep)
+    later = [setup.adapted()[0] for _ in (half, total)]
+    for at, each in zip((half, total), later, strict=True):
+        each.load_state_dict(kept[at], strict=False)
     instrument = setup.instrument(model, tokenizer)
     watch = Watch(model, instrument, setup.policy, setup.hyper.learning_rate, args.noise_draws)
     steps = min(total, args.walk)
-    return false_positives(watch, trained, draws=args.draws, floors=args.floors, steps=steps, walks=args.walks)
+    return false_positives(watch, *later, draws=args.draws, floors=args.floors, steps=steps, walks=args.walks)
 
 
 def reliability_of(runs: Sequence[RunData]) -> dict[str, Any]:
@@ -141,7 +143,10 @@ def show(name: str, found: Mapping[str, Any]) -> None:
     print(f"  above twice the noise floor where nothing happens (nominal {NOMINAL:.3f})")
     for kind, row in found["null"].items():
         names = {**{part: part for part in PATHWAYS}, ANY: "any part", CATEGORIES: "categories"}
-        print(f"  {kind:<26}" + "  ".join(f"{title} {row[key]:.3f}" for key, title in names.items()))
+        print(
+            f"  {kind:<{max(map(len, KINDS)) + 2}}"
+            + "  ".join(f"{title} {row[key]:.3f}" for key, title in names.items())
+        )
     print("  reliability of a window -> share of features with one sign in both halves")
     for row in found["reliability"]["all"]:
         share = "–" if row["same_sign"] is None else f"{row['same_sign']:.2f}"

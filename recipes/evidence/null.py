@@ -7,6 +7,10 @@ gives where shifts are normal and the floor is known exactly.
 * ``one step``: single moves from the start, as large as those of the floor;
 * ``a thousandth``: the same, a thousand times smaller (a learning rate near 0), against the floor of that size;
 * ``one step, trained model``: single moves from the model at the end of a training, against the floor of the start;
+* ``one step, trained model, floor of half the run``: the same moves against a floor measured at the model halfway, as
+  old as one in force can be where it is renewed (after 4, 8, 16, ... windows);
+* ``one step, trained model, floor measured there``: the same moves against a floor measured at the trained model, as
+  good as one in force can be;
 * ``a run``: moves that follow on each other, the sums of a run against the summed floor.
 """
 
@@ -38,6 +42,10 @@ NOMINAL = 0.0455
 
 #: Further names beside the parts of PATHWAYS: features above the floor in some part, and categories.
 ANY, CATEGORIES = "feature, any part", "category"
+
+TRAINED = "one step, trained model"
+HALFWAY, RENEWED = f"{TRAINED}, floor of half the run", f"{TRAINED}, floor measured there"
+KINDS = ("one step", "a thousandth", TRAINED, HALFWAY, RENEWED, "a run")
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,19 @@ def hits(changes: Mapping[str, Array], floors: Mapping[str, Array]) -> dict[str,
     return {**{name: float(each.mean()) for name, each in above.items()}, ANY: float(some.mean())}
 
 
-def single_moves(
-    watch: Watch, noise: NoiseFloor, *, draws: int, seed: int, relative: float = 1.0
-) -> list[dict[str, float]]:
-    """:func:`hits` of moves from the model as it is, each alone."""
+def single_moves(watch: Watch, *, draws: int, seed: int, relative: float = 1.0) -> list[dict[str, Array]]:
+    """:meth:`Watch.changes` by moves from the model as it is, each alone."""
     before = watch.now()
     readings = random_readings(
         watch.model, lambda: watch.instrument.read(watch.model), size=watch.size * relative, draws=draws, seed=seed
     )
+    return [watch.changes(before, watch.state(each)) for each in tqdm(readings, total=draws, leave=False)]
+
+
+def judged(moves: Sequence[Mapping[str, Array]], noise: NoiseFloor, *, relative: float = 1.0) -> list[dict[str, float]]:
+    """:func:`hits` of every move against the floor of its size."""
     floors = floors_of(noise, relative)
-    return [hits(watch.changes(before, watch.state(each)), floors) for each in tqdm(readings, total=draws, leave=False)]
+    return [hits(each, floors) for each in moves]
 
 
 def walk(watch: Watch, noise: NoiseFloor, *, steps: int, seed: int) -> dict[str, float]:
@@ -124,26 +135,25 @@ def _walked(watch: Watch, parameters: Sequence[Any], generator: torch.Generator,
 
 
 def false_positives(
-    watch: Watch, trained: Any, *, draws: int, floors: int, steps: int, walks: int
+    watch: Watch, halfway: Any, trained: Any, *, draws: int, floors: int, steps: int, walks: int
 ) -> dict[str, dict[str, float]]:
     """Kind of null -> what is above twice the floor: mean share over draws and over ``floors`` floors of their own.
 
-    ``trained``: the same model at the end of a training. Every row says how many runs or moves it is of.
+    ``halfway``, ``trained``: the same model after half of a training, and at its end. Every row says how many runs or
+    moves it is of.
     """
     seeds = range(1, floors + 1)
     noises = [watch.floor(seed) for seed in seeds]
-    later = replace(watch, model=trained)
-    rows: dict[str, list[dict[str, float]]] = {
-        "one step": [],
-        "a thousandth": [],
-        "one step, trained model": [],
-        "a run": [],
-    }
+    middle, later = replace(watch, model=halfway), replace(watch, model=trained)
+    rows: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
     for seed, noise in zip(seeds, noises, strict=True):
         other = 1000 * seed  # no move of a floor is among those that it judges
-        rows["one step"] += single_moves(watch, noise, draws=draws, seed=other)
-        rows["a thousandth"] += single_moves(watch, noise, draws=draws, seed=other + 1, relative=1e-3)
-        rows["one step, trained model"] += single_moves(later, noise, draws=draws, seed=other + 2)
+        rows["one step"] += judged(single_moves(watch, draws=draws, seed=other), noise)
+        small = single_moves(watch, draws=draws, seed=other + 1, relative=1e-3)
+        rows["a thousandth"] += judged(small, noise, relative=1e-3)
+        moves = single_moves(later, draws=draws, seed=other + 2)
+        for kind, judge in ((TRAINED, noise), (HALFWAY, middle.floor(seed)), (RENEWED, later.floor(seed))):
+            rows[kind] += judged(moves, judge)
     for number in range(walks):
         rows["a run"].append(walk(watch, noises[number % floors], steps=steps, seed=5000 + number))
     return {

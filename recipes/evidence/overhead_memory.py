@@ -20,6 +20,9 @@ from recipes.evidence.overhead_setups import Setup
 #: does.
 ROWS = {"plain": 4, "step": 4, "ghost": 24, "exact": 1, "by_hand": 2}
 
+#: Rows of --quick.
+QUICK_ROWS = ("plain", "ghost")
+
 
 def peaks(
     name: str, args: argparse.Namespace, setup_of: Callable[[str, Path, argparse.Namespace], Setup]
@@ -27,8 +30,8 @@ def peaks(
     """MiB per row. The processes are made from one that has imported everything, so that imports count alike in all."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    rows = {row: (2 if args.quick else steps) for row, steps in ROWS.items()}
-    if name != "quickstart":
+    rows = dict.fromkeys(QUICK_ROWS, 2) if args.quick else dict(ROWS)
+    if name != "quickstart" and not args.quick:
         rows |= dict.fromkeys(peers(), 4)
     found = {}
     for row, steps in rows.items():

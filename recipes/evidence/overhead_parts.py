@@ -41,10 +41,13 @@ REFITS = 20
 
 
 class Parts:
-    """One model with LoRA and three monitors of it: one that attributes nothing, engine ghost, engine exact."""
+    """One model with LoRA and three monitors of it: one that attributes nothing, engine ghost, engine exact.
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.device = setup, setup.options.device
+    ``carried``: earlier steps whose momentum is followed when engine ghost is timed; never more than ``CARRIED``.
+    """
+
+    def __init__(self, setup: Setup, carried: int = CARRIED) -> None:
+        self.setup, self.device, self.carried = setup, setup.options.device, carried
         model, tokenizer = load(setup.options)
         self.shape = Shape.of(model.config)
         self.model: Any = get_peft_model(model, setup.lora).eval()
@@ -99,8 +102,9 @@ class Parts:
     def forward(self) -> None:
         """A bare pass over the probes' tokens: no mask, no hook, no score."""
         nodes = len(self.off.instrument.batches.tree.tokens)
+        self.model.eval()  # once: it walks over all modules
         for batch in self.off.instrument.batches.batches:
-            self.model.eval()(input_ids=batch.input_ids.to(self.device), logits_to_keep=nodes, use_cache=False)
+            self.model(input_ids=batch.input_ids.to(self.device), logits_to_keep=nodes, use_cache=False)
 
     def measure(self) -> None:
         """One measurement that attributes nothing."""
@@ -132,7 +136,7 @@ class Parts:
 
     def warm_up(self) -> None:
         """As many captured steps as momentum is followed over: engine ghost then costs what it does in mid-training."""
-        for _ in range(CARRIED + 1):
+        for _ in range(self.carried + 1):
             self.train_captured()
         self.measure_ghost()
 
@@ -158,7 +162,7 @@ class Parts:
             basis=basis_size(attributor.functionals),
             functionals=len(attributor.functionals),
             renewed=AttributionOptions().renew or 0,
-            carried=CARRIED,
+            carried=self.carried,
             kept=0 if saving.lower is None else saving.lower.first,
             prefix=saving.skip,
             trim=saving.trim,

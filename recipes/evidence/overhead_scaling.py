@@ -14,13 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from recipes.evidence.cost_model import Machine, Work, calibrated
+from recipes.evidence.cost_machine import Machine, calibrated
+from recipes.evidence.cost_model import Work
 from recipes.evidence.cost_parts import parts as cost_parts
-from recipes.evidence.overhead_parts import Parts, median, seconds, timed_parts
+from recipes.evidence.overhead_parts import CARRIED, Parts, median, seconds, timed_parts
 from recipes.evidence.overhead_setups import Case, Setup, random_setup
 
 #: Engine exact is left out where its readings would take longer than this; from LONG on, one repetition does.
 EXACT_SECONDS, LONG = 8.0, 1.0
+
+#: Repetitions.
+REPEATS = 2
 
 #: Parts in the order of the table.
 NAMES = ("train", "forward", "measure", "capture", "ghost", "exact", "refit")
@@ -35,29 +39,29 @@ class Axis:
 
 
 def axes(quick: bool = False) -> list[Axis]:
-    """What is changed, from which case, to which values."""
-    base = Case(width=32, layers=2, adapted=2, probes=16, prompt=12, answer=12, features=64, support=4, pairs=2)
-    base = base if quick else Case()
-    few = base if quick else replace(base, probes=32, pairs=2)
+    """What is changed, from which case, to which values; two of the sizes, and tiny, where it is to be quick."""
 
-    def axis(name: str, field: str, values: Sequence[int], small: Sequence[int], start: Case = base) -> Axis:
-        return Axis(name, {value: replace(start, **{field: value}) for value in (small if quick else values)})
+    def axis(name: str, field: str, values: Sequence[int], start: Case) -> Axis:
+        return Axis(name, {value: replace(start, **{field: value}) for value in values})
 
+    if quick:
+        tiny = Case(width=32, layers=2, adapted=2, probes=16, prompt=12, answer=12, features=64, support=4, pairs=2)
+        return [axis("pairs per step", "pairs", (2, 4), tiny), axis("width", "width", (32, 64), tiny)]
+    base = Case()
     grown = {d: replace(base, features=d, support=s) for d, s in ((1024, 16), (4096, 64), (16384, 256))}
-    small = {d: replace(base, features=d, support=d // 16) for d in (64, 128)}
     return [
-        axis("probes", "probes", (50, 100, 200, 400, 800), (16, 32)),
-        axis("SAE features, policy of 16", "features", (1024, 4096, 16384, 65536, 131072), (64, 128)),
-        Axis("SAE features, policy growing", small if quick else grown),
-        axis("pairs per step", "pairs", (2, 4, 8, 16, 32), (2, 4)),
-        axis("layers adapted", "adapted", (1, 2, 4), (1, 2)),
-        axis("width", "width", (128, 256, 512, 1024), (32, 64), few),
+        axis("probes", "probes", (50, 100, 200, 400, 800), base),
+        axis("SAE features, policy of 16", "features", (1024, 4096, 16384, 65536, 131072), base),
+        Axis("SAE features, policy growing", grown),
+        axis("pairs per step", "pairs", (2, 4, 8, 16, 32), base),
+        axis("layers adapted", "adapted", (1, 2, 4), base),
+        axis("width", "width", (128, 256, 512, 1024), replace(base, probes=32, pairs=2)),
     ]
 
 
-def measure_case(setup: Setup, repeats: int, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def measure_case(setup: Setup, sizes: Mapping[str, Any], *, quick: bool) -> dict[str, Any]:
     """All parts of one set-up: seconds (median, min, max), MiB, and the work that the cost model computes them from."""
-    parts = Parts(setup)
+    parts, repeats = Parts(setup, 1 if quick else CARRIED), 1 if quick else REPEATS
     parts.warm_up()
     work = parts.work()
     parts.forward()
@@ -92,7 +96,7 @@ def measure_axes(quick: bool, device: str, tick: Callable[[str], object] = lambd
             if case not in known:
                 with tempfile.TemporaryDirectory() as folder:
                     setup = random_setup("model", case, Path(folder), device)
-                    known[case] = measure_case(setup, 1 if quick else 2, asdict(case))
+                    known[case] = measure_case(setup, asdict(case), quick=quick)
             rows[str(value)] = known[case]
         found[axis.name] = {"rows": rows, "growth": growth(rows)}
     return found

@@ -80,7 +80,7 @@ def random_setup(name: str, case: Case, folder: Path, device: str = "cpu") -> Se
         for k in range(case.probes)
     ]
     answers = words_of(tokenizer, random.Random(case.seed + 1), case.answer + 4)  # of which 4 are the template's
-    pairs = [{"prompt": next(texts), "completion": next(answers)} for _ in range(max(8 * case.pairs, 64))]
+    pairs = [{"prompt": next(texts), "completion": next(answers)} for _ in range(pairs_made(case.pairs))]
     for file, rows in (("probes.jsonl", probes), ("pairs.jsonl", pairs)):
         (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     top = None if case.adapted == case.layers else list(range(case.layers - case.adapted, case.layers))
@@ -91,6 +91,11 @@ def random_setup(name: str, case: Case, folder: Path, device: str = "cpu") -> Se
     }
     options = _options(str(folder / "model"), str(folder / "sae"), str(folder / "pairs.jsonl"), device)
     return Setup(name, options, chosen, _lora(top), case.pairs)
+
+
+def pairs_made(pairs: int) -> int:
+    """Pairs in the data of a set-up whose steps take so many."""
+    return max(8 * pairs, 64)
 
 
 def words_of(tokenizer: Any, rng: random.Random, tokens: int) -> Iterator[str]:

@@ -21,6 +21,9 @@ import torch
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
+#: Steps of a row, steps that warm up, steps of a block that a ratio is taken over. Rows that take long make few.
+STEPS, FEW = (30, 10, 10), {"exact": (3, 1, 1), "by_hand": (3, 1, 1), "exact_every_10": (10, 0, 10)}
+
 #: What a training runs inside of.
 Around = Callable[[SFTTrainer], AbstractContextManager[None]]
 

@@ -60,6 +60,7 @@ def build_plan(config: SMDAConfig) -> Plan:
         health_every=measure.health_every,
         overhead_budget=measure.overhead_budget,
         noise_draws=measure.noise_draws,
+        renew_noise=measure.renew_noise,
         savings=SavingOptions(measure.keep_gib, measure.share_prefix, measure.trim),
         limits=AlertLimits(**config.alerts.model_dump()),
         attribution=AttributionOptions(**config.attribution.model_dump()),

@@ -130,6 +130,7 @@ class MeasureConfig(Section):
     batch_size: int = Field(64, ge=1)
     overhead_budget: float | None = Field(None, gt=0, lt=1)
     noise_draws: int = Field(8, ge=0)
+    renew_noise: bool = True
     keep_gib: float = Field(1.0, ge=0)
     share_prefix: bool = True
     trim: bool = True

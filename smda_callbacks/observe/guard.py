@@ -25,8 +25,9 @@ def measuring(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     the buffers and plain attributes of every module. The last matters for dynamic-NTK rotary embeddings, whose
     ``inv_freq`` depends on the lengths seen before: a short probe would change the training that follows.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    state = _module_state(model)
+    modules = list(model.modules())
+    flags = [(module, module.training) for module in modules]
+    state = _module_state(modules)
     rng = _rng_state()
     for module, _ in flags:
         module.training = False
@@ -69,13 +70,15 @@ def _restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _module_state(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, tuple[torch.Tensor, Any]]]]:
+def _module_state(
+    modules: Sequence[nn.Module],
+) -> list[tuple[nn.Module, dict[str, Any], dict[str, tuple[torch.Tensor, Any]]]]:
     saved = []
-    for module in model.modules():
+    for module in modules:
         plain = {
             name: value.clone() if torch.is_tensor(value) else value
             for name, value in vars(module).items()
-            if name != "training" and not name.startswith("_") and isinstance(value, _Plain)
+            if isinstance(value, _Plain) and not name.startswith("_") and name != "training"
         }
         buffers = {name: (b, b.clone()) for name, b in module._buffers.items() if b is not None}
         if plain or buffers:

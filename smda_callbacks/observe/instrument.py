@@ -16,6 +16,7 @@ from torch import nn
 
 from smda_callbacks.observe.activations import unwrap
 from smda_callbacks.observe.batches import (
+    ProbeBatch,
     ProbeBatches,
     answer_lead,
     chat_prompt,
@@ -78,13 +79,15 @@ class Instrument:
         """Whether behaviours are those of a reward model: which opening it prefers, not which it says."""
         return self.batches.tree.prior is not None
 
-    def read(self, model: nn.Module, visit: Visitor | None = None) -> Reading:
+    def read(self, model: nn.Module, visit: Visitor | None = None, *, command: Command | None = None) -> Reading:
         """One pass over the probes; see :func:`smda_callbacks.observe.reading.read`.
 
-        With a team, every process reads its share of the batches, unless they are to be visited here.
+        With a team, every process reads its share of the batches, and only that is visited here. ``command``: what the
+        others are told to do beside reading.
         """
-        if self.team is not None and visit is None:
-            parts = self.team.read(self.command, lambda: self.read_share(model), divided=is_divided(model))
+        if self.team is not None:
+            asked = command or self.command
+            parts = self.team.read(asked, lambda: self.read_share(model, visit), divided=is_divided(model))
             return assemble(parts, self.batches)
         return read(
             model,
@@ -96,18 +99,24 @@ class Instrument:
             savings=self.savings,
         )
 
-    def read_share(self, model: nn.Module) -> list[Part]:
+    @property
+    def share(self) -> list[ProbeBatch]:
+        """The batches that this process reads."""
+        batches = self.batches.batches
+        return list(batches) if self.team is None else self.team.share(batches)
+
+    def read_share(self, model: nn.Module, visit: Visitor | None = None) -> list[Part]:
         """This process's part of a reading."""
         batches, team = self.batches.batches, self.team
-        wanted = batches if team is None else team.share(batches)
         in_step = team.in_step(len(batches)) if team is not None and is_divided(model) else None
         return read_parts(
             model,
             self.batches,
-            wanted,
+            self.share,
             self.handle.site,
             self.encode,
             readout=self.readout,
+            visit=visit,
             in_step=in_step,
             savings=self.savings,
         )

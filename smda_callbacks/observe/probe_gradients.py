@@ -3,11 +3,16 @@
 Behaviours of single probes are independent rows of a batch, so one backward pass per behaviour gives the gradient of
 every probe's score, and with them those of all functionals that are sums over probes. Functionals of feature
 activations need a backward pass each, from the SAE's hook downwards only.
+
+With a team (DDP) every process does both for the batches that it reads, and the sums are added up on the main one;
+what the others do is in :mod:`smda_callbacks.observe.gradient_share`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,11 +28,15 @@ from smda_callbacks.observe.guard import measuring
 from smda_callbacks.observe.instrument import Instrument, arrays
 from smda_callbacks.observe.lora import AttributionError, LoraSite, per_row, tapped
 from smda_callbacks.observe.passes import prompt_pass
-from smda_callbacks.observe.reading import Reading, opening_log_probs, tree_in_one_pass
+from smda_callbacks.observe.reading import Part, Reading, Visitor, opening_log_probs, tree_in_one_pass
+from smda_callbacks.observe.sharding import Command, Team
 from smda_callbacks.records import Array
 
 #: Per site the gradient of every functional, ``[functional, out * in]``.
 Gradients = tuple[Tensor, ...]
+
+#: Why a window has no gradients where memory does not suffice for them.
+NO_ROOM = "out of memory for gradients through the probes. Next step: lower measure.batch_size"
 
 
 def check_differentiable(model: nn.Module) -> None:
@@ -68,8 +77,47 @@ def gradient_reading(
 
     Raises:
         NotFiniteError: as for any reading.
+        ProcessError: another process could not do its share.
+        BrokenPassError: the processes' gradients could not be added up.
     """
-    basis = [_zeros(site.weight, basis_size(functionals)) for site in sites]
+    reading, basis = _read_with_basis(instrument, model, sites, functionals, scale)
+    state = State(*arrays(reading), instrument.scores(reading))
+    mix = torch.from_numpy(mixing(functionals, state, scale=scale, lam=lam))
+    found = tuple(mix.to(each) @ each for each in basis)
+    del basis  # as large as what was found, and the pass to come wants room
+    slope = slopes(functionals, state, scale=scale, lam=lam).pre
+    moving = [k for k in np.flatnonzero(np.abs(slope).sum(axis=(1, 2)) > 0).tolist() if k not in stale]
+    _add_features(instrument, model, sites, slope[moving], [[total[k] for k in moving] for total in found])
+    if last is not None:
+        for new, old in zip(found, last, strict=True):
+            new[list(stale)] = old[list(stale)]
+    return reading, found
+
+
+def _read_with_basis(
+    instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], functionals: FunctionalSet, scale: Array
+) -> tuple[Reading, list[Tensor]]:
+    """A reading, and :func:`basis_visitor`'s basis over all probes, whichever process read them.
+
+    Processes add up the basis and not the functionals, which are smaller by a sixth or so: how they are made of it
+    takes the whole reading.
+    """
+    command = replace(instrument.command, what="gradients", functionals=functionals, scale=scale)
+    with basis_visitor(instrument, sites, functionals, scale) as (visit, basis):
+        reading = instrument.read(model, visit, command=command)
+    _add_up(instrument.team, basis)
+    return reading, basis
+
+
+@contextlib.contextmanager
+def basis_visitor(
+    instrument: Instrument, sites: tuple[LoraSite, ...], functionals: FunctionalSet, scale: Array
+) -> Iterator[tuple[Visitor, list[Tensor]]]:
+    """Context with a visitor of batches, and per site the gradients of the functionals' basis that it adds up.
+
+    Per site ``[basis, out * in]``; see :func:`~smda_callbacks.maths.local_slopes.local_slopes`.
+    """
+    basis = zeros(sites, basis_size(functionals))
     weights = torch.zeros(0)
 
     def add(number: int, seen: Tensor, gradient: Tensor) -> None:
@@ -86,25 +134,16 @@ def gradient_reading(
             _backward(each.sum(), reached, keep=m + 1 < len(scores))
 
     with tapped(sites, add) as tap:
-        reading = instrument.read(model, visit)
-    state = State(*arrays(reading), instrument.scores(reading))
-    mix = torch.from_numpy(mixing(functionals, state, scale=scale, lam=lam))
-    found = [mix.to(each) @ each for each in basis]
-    slope = slopes(functionals, state, scale=scale, lam=lam).pre
-    moving = [k for k in np.flatnonzero(np.abs(slope).sum(axis=(1, 2)) > 0).tolist() if k not in stale]
-    _add_features(instrument, model, sites, slope, moving, found)
-    if last is not None:
-        for new, old in zip(found, last, strict=True):
-            new[list(stale)] = old[list(stale)]
-    return reading, tuple(found)
+        yield visit, basis
 
 
 def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], slopes: Slopes) -> Gradients:
-    """Gradients by the trained weights of targets whose ``slopes`` at the model as it is are known.
+    """Gradients by the trained weights of targets whose ``slopes`` at the model as it is are known, on this process.
 
     Leaves no trace in the model. Per site ``[target, out * in]`` float32 (float64 for such a model).
     """
-    found = [_zeros(site.weight, len(slopes.y)) for site in sites]
+    instrument = instrument.with_team(None)
+    found = zeros(sites, len(slopes.y))
     weights = torch.zeros(0)
 
     def add(number: int, seen: Tensor, gradient: Tensor) -> None:
@@ -121,7 +160,7 @@ def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraS
     with tapped(sites, add) as tap:
         instrument.read(model, visit)
     moving = np.flatnonzero(np.abs(slopes.pre).sum(axis=(1, 2)) > 0).tolist()
-    _add_features(instrument, model, sites, slopes.pre, moving, found)
+    add_features(instrument, model, sites, slopes.pre[moving], [[total[k] for k in moving] for total in found])
     return tuple(found)
 
 
@@ -141,32 +180,53 @@ def _scores(instrument: Instrument, edges: Tensor) -> tuple[Array, list[Tensor]]
 
 
 def _add_features(
-    instrument: Instrument,
-    model: nn.Module,
-    sites: tuple[LoraSite, ...],
-    slope: Array,
-    moving: list[int],
-    found: list[Tensor],
+    instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], slope: Array, rows: list[list[Tensor]]
 ) -> None:
-    """Add what goes through pre-activations, for the functionals ``moving``. ``slope [functional, probe, feature]``."""
-    if not moving:
+    """Add what goes through pre-activations to ``rows``, as :func:`add_features`, with the help of all processes."""
+    if not len(slope):
         return
+    if instrument.team is None:
+        add_features(instrument, model, sites, slope, rows)
+        return
+
+    def own() -> list[Part]:
+        add_features(instrument, model, sites, slope, rows)
+        return []
+
+    instrument.team.read(replace(instrument.command, what="features", slope=slope), own)
+    _add_up(instrument.team, [row for of_site in rows for row in of_site])
+
+
+def add_features(
+    instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], slope: Array, rows: list[list[Tensor]]
+) -> None:
+    """Add what goes through pre-activations of this process's batches.
+
+    ``slope [functional, probe, feature]``; ``rows``: per site and functional a tensor ``[out * in]``.
+    """
     device = next(model.parameters()).device
     with measuring(model, gradients=True):
         saving = instrument.saving(model, gradients=True)
-        for batch in instrument.batches.batches:
+        for batch in instrument.share:
             stream = prompt_pass(model, batch.to(device), instrument.handle.site, saving)
             if not stream.requires_grad:  # the site lies below every trained weight: features never change
                 return
             stream = stream[:, -1:] if instrument.readout == "last" else stream
             pre, _ = pool(*instrument.encode(stream), batch.span.to(device), instrument.readout)
-            weights = torch.from_numpy(slope[moving][:, batch.index.numpy()]).to(pre)
+            weights = torch.from_numpy(slope[:, batch.index.numpy()]).to(pre)
             values = torch.einsum("kif,if->k", weights, pre)
-            for place, k in enumerate(moving):
-                gradients = _backward(values[place], sites, keep=place + 1 < len(moving))
-                for total, gradient in zip(found, gradients, strict=True):
+            for k, value in enumerate(values):
+                gradients = _backward(value, sites, keep=k + 1 < len(values))
+                for totals, gradient in zip(rows, gradients, strict=True):
                     if gradient is not None:
-                        total[k] += gradient.flatten()
+                        totals[k] += gradient.flatten()
+
+
+def _add_up(team: Team | None, tensors: list[Tensor]) -> None:
+    """Add what the processes hold up here; only called when all are known to have theirs."""
+    if team is not None:
+        team.tell(Command("sum"))
+        team.add_up(tensors)
 
 
 def _backward(value: Tensor, sites: tuple[LoraSite, ...], *, keep: bool) -> tuple[Tensor | None, ...]:
@@ -175,6 +235,11 @@ def _backward(value: Tensor, sites: tuple[LoraSite, ...], *, keep: bool) -> tupl
     return torch.autograd.grad(value, weights, retain_graph=keep, allow_unused=True)
 
 
-def _zeros(weight: Tensor, functionals: int) -> Tensor:
-    dtype = weight.dtype if weight.dtype in (torch.float32, torch.float64) else torch.float32
-    return torch.zeros(functionals, weight.numel(), dtype=dtype, device=weight.device)
+def zeros(sites: tuple[LoraSite, ...], count: int) -> list[Tensor]:
+    """Room for ``count`` gradients by every site's weight: ``[count, out * in]``, float32 or float64."""
+    weights = [site.weight for site in sites]
+    dtypes = [each.dtype if each.dtype in (torch.float32, torch.float64) else torch.float32 for each in weights]
+    return [
+        torch.zeros(count, each.numel(), dtype=dtype, device=each.device)
+        for each, dtype in zip(weights, dtypes, strict=True)
+    ]

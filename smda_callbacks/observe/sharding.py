@@ -9,6 +9,9 @@ they could not. Nobody waits for a process that failed, and nobody has to know w
 All processes make the same batches, so a batch is the same tensor whoever reads it, and a reading is bit for bit that
 of one process. Objects travel over a group of processes of their own on the CPU: training's own are left alone.
 
+Gradients are too large for that: each process keeps its sums, and when the first one knows that all have theirs, tells
+them to add them up on it, tensor by tensor.
+
 Where FSDP2 or ZeRO-3 divides the model over the processes, forward passes are made in step: before each, every process
 says whether it can go on, and all leave the reading where one cannot. Only within a pass nobody can be told.
 """
@@ -25,8 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from smda_callbacks.maths.functionals import FunctionalSet
 from smda_callbacks.observe.divided import BrokenPassError, InStep, LeftError, is_part, put_together, unbroken
 from smda_callbacks.observe.reading import Part
+from smda_callbacks.records import Array
 
 #: How long to wait for the other processes to join, in seconds: they stand at the same line of the trainer.
 JOIN_SECONDS = 300
@@ -48,18 +53,24 @@ class Move:
     draw: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Command:
     """What the first process tells the others.
 
-    ``read``: read your batches, these SAE features (None: all), with weights moved by ``move``. ``weights``: help to
-    put the weights of these ``names`` together. ``done``: go on with training; ``capture``: send what your examples'
-    gradients are after every optimizer step. ``stop``: the first process gives up, ``text`` says why.
+    ``read``: read your batches, these SAE features (None: all), with weights moved by ``move``. ``gradients``: and keep
+    the gradients that ``functionals``, of features divided by ``scale``, are made of. ``features``: keep those through
+    your batches' pre-activations, whose ``slope`` is ``[functional, probe, feature]``. ``sum``: add what you keep up on
+    the first process. ``weights``: help to put the weights of these ``names`` together. ``done``: go on with training;
+    ``capture``: send what your examples' gradients are after every optimizer step. ``stop``: the first process gives
+    up, ``text`` says why.
     """
 
-    what: Literal["read", "weights", "done", "stop"]
+    what: Literal["read", "gradients", "features", "sum", "weights", "done", "stop"]
     features: tuple[int, ...] | None = None
     move: Move | None = None
+    functionals: FunctionalSet | None = None
+    scale: Array | None = None
+    slope: Array | None = None
     names: tuple[str, ...] = ()
     capture: bool = False
     text: str = ""
@@ -73,10 +84,14 @@ class Failure:
 
 
 class Team:
-    """The processes of a training, seen from one of them: ``rank`` of ``size``."""
+    """The processes of a training, seen from one of them: ``rank`` of ``size``.
 
-    def __init__(self, rank: int, size: int, group: Any) -> None:
+    ``devices``: the group over which tensors on devices other than the CPU travel; None: the same.
+    """
+
+    def __init__(self, rank: int, size: int, group: Any, devices: Any = None) -> None:
         self.rank, self.size, self._group = rank, size, group
+        self._devices = group if devices is None else devices
 
     def tell(self, command: Command) -> None:
         """Send a command to the others; only the first process does."""
@@ -146,6 +161,26 @@ class Team:
             found = []  # the one that could not go on says why
         self.gather(Failure(told(found)) if isinstance(found, Exception) else found)
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Add ``tensors`` of all processes up on the first one, in no certain order; on the others they are used up.
+
+        Raises:
+            ProcessError: the processes hold different tensors; nothing was added, and all know.
+            BrokenPassError: it failed on this process while the others were in it.
+        """
+        if not self.agree(sum(each.numel() * each.element_size() for each in tensors)):
+            raise ProcessError(
+                "the processes hold gradients of different sizes. Next step: give each the same configuration."
+            )
+        try:
+            for each in tensors:
+                dist.reduce(each, dst=0, group=self._group if each.device.type == "cpu" else self._devices)
+        except Exception as error:
+            raise BrokenPassError(
+                f"adding up the gradients of {self.size} processes failed on this one ({told(error)}), and the others "
+                "wait for it, so training ends. Next step: look at the network, or set attribution.engine: off."
+            ) from error
+
     def _own(self, own: Callable[[], list[Part]], divided: bool) -> list[Part] | Exception:
         """This process's parts, or why there are none; the others are told in time."""
         found: list[Part] | Exception
@@ -199,12 +234,15 @@ def join_team(*, join_seconds: float = JOIN_SECONDS) -> Team | None:
         return None
     try:
         # The first group only sees whether all are here: a wait as long as the second one's would look like a hang.
-        dist.destroy_process_group(dist.new_group(backend="gloo", timeout=timedelta(seconds=join_seconds)))
+        seen = dist.new_group(backend="gloo", timeout=timedelta(seconds=join_seconds))
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=WAIT_SECONDS))
+        dist.destroy_process_group(seen)  # not before: another process may still be connecting to it
+        # Of training's own backend; it connects at its first use.
+        devices = None if dist.get_backend() == "gloo" else dist.new_group()
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
             f"the {dist.get_world_size()} processes of this training could not join to read the probes together within "
             f"{join_seconds:.0f} s ({told(error)}). Next step: give the callback to the trainer on every process, not "
             "only on the main one; on a machine with several network interfaces set GLOO_SOCKET_IFNAME."
         ) from error
-    return Team(dist.get_rank(), dist.get_world_size(), group)
+    return Team(dist.get_rank(), dist.get_world_size(), group, devices)

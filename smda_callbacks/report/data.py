@@ -11,7 +11,6 @@ import numpy as np
 
 from smda_callbacks.maths.account import mean_by_group
 from smda_callbacks.maths.gaps import gap_table
-from smda_callbacks.maths.uncertainty import step_floor, total_floor
 from smda_callbacks.records import (
     FEATURE_ROWS,
     ROWS,
@@ -26,6 +25,7 @@ from smda_callbacks.records import (
 )
 from smda_callbacks.report.rescored import with_influence
 from smda_callbacks.sinks.attribution import is_audit
+from smda_callbacks.sinks.noise_in_force import MEANS, accumulated_floors, known
 from smda_callbacks.sinks.pair_table import PairTable, pair_table
 from smda_callbacks.sinks.store_reader import RunStore
 
@@ -84,9 +84,13 @@ class RunData:
 
     @cached_property
     def noise(self) -> NoiseFloor | None:
-        """The noise floor, if it was measured with updates that moved anything."""
-        noise = self.store.noise
-        return noise if noise is not None and noise.update_rms > 0 else None
+        """The noise floor around the start, if it was measured with updates that moved anything."""
+        return known(self.store.noise)
+
+    @cached_property
+    def renewed(self) -> list[int]:
+        """Steps of the windows at whose end the noise floor was measured again."""
+        return [window.step for window in self.ok if window.noise is not None]
 
     @cached_property
     def ok(self) -> tuple[WindowRecord, ...]:
@@ -131,6 +135,16 @@ class RunData:
         }
 
     @cached_property
+    def floors(self) -> dict[str, Array] | None:
+        """Noise floors of the changes since the start, ``[record, ...]`` each: see :func:`accumulated_floors`.
+
+        Raises ValueError for an audit whose noise was measured.
+        """
+        if self.noise is not None:
+            refuse_audit(self)
+        return accumulated_floors(self.noise, self.ok)
+
+    @cached_property
     def account(self) -> RunAccount:
         """The account of the whole run."""
         return run_account(self)
@@ -170,8 +184,7 @@ def run_account(data: RunData) -> RunAccount:
 
 def behaviour_floors(data: RunData) -> Array | None:
     """Noise floor of the change of :attr:`RunData.means` since the start, ``[record, category, behaviour]``."""
-    noise = data.noise
-    return None if noise is None else accumulated_floor(data, noise, noise.behaviour_random, noise.behaviour_rounding)
+    return None if data.floors is None else data.floors[MEANS]
 
 
 def gaps_now(data: RunData) -> list[Mapping[str, Any]]:
@@ -217,19 +230,6 @@ def refuse_audit(data: RunData) -> None:
             "the run is an audit: every window is one pair's change from the same start, so that their sum over "
             "windows means nothing. Next step: read its pairs, RunData.pairs."
         )
-
-
-def accumulated_floor(data: RunData, noise: NoiseFloor, random: Array, rounding: Array) -> Array:
-    """Noise floor of a change since the start, ``[record, ...]``, from the floors ``[...]`` of a single update.
-
-    Raises ValueError for an audit.
-    """
-    refuse_audit(data)
-    floors = [np.zeros_like(random)]
-    for window in data.ok:
-        step = step_floor(random, rounding, window.update_rms / noise.update_rms)
-        floors.append(total_floor([floors[-1], step]))
-    return np.array(floors)
 
 
 def _y(record: WindowRecord) -> Array:

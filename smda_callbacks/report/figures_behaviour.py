@@ -76,7 +76,7 @@ def _group_line(data: RunData, group: str, points: np.ndarray) -> go.Scatter:
 
 
 def change_arrows(data: RunData, behaviour: int) -> go.Figure:
-    """Start and end of every category, the largest fall on top, with the noise floor around the start."""
+    """Start and end of every category, the largest fall on top, with the noise floor of its change."""
     means = data.means[:, :, behaviour]
     order = np.argsort(means[-1] - means[0], kind="stable").tolist()
     names = [f.safe(category_title(data, c)) for c in order]
@@ -112,7 +112,7 @@ def _floor_bars(names: list[str], start: np.ndarray, limit: np.ndarray) -> go.Ba
         base=f.values(start - limit),
         x=f.values(2 * limit),
         orientation="h",
-        name=f"within {TIMES:g} × noise floor of the start",
+        name=f"within {TIMES:g} × noise floor of the change",
         marker={"color": f.BAND, "line": {"width": 0}},
         hoverinfo="skip",
     )

@@ -101,10 +101,18 @@ def run_facts(data: RunData, behaviour: int) -> list[tuple[str, object]]:
         ("probes", f"{len(data.probes)} in {count(len(data.categories), 'category', 'categories')}"),
         *(_audit_facts(data) if data.audit else _step_facts(data)),
         ("pairs", attribution_sentence(data)),
-        ("noise floor", "not measured" if data.noise is None else f"from {count(data.noise.draws, 'random update')}"),
+        ("noise floor", _noise_fact(data)),
         ("hashes", _hashes(manifest, sae, model)),
         ("versions", ", ".join(f"{name} {each}" for name, each in _mapping(manifest.get("versions")).items() if each)),
     ]  # fmt: skip
+
+
+def _noise_fact(data: RunData) -> str:
+    if data.noise is None:
+        return "not measured"
+    steps = ", ".join(map(str, data.renewed))
+    again = f"; measured again at step{'s' if len(data.renewed) > 1 else ''} {steps}" if steps else ""
+    return f"from {count(data.noise.draws, 'random update')} at the start{again}"
 
 
 def _step_facts(data: RunData) -> list[tuple[str, object]]:

@@ -35,7 +35,7 @@ def logged_faults(store: RunStore, records: list[WindowRecord]) -> tuple[int, li
     faults, now = [], Progress.at(store.start)
     for record in records if entries else ():  # one after another: a run's progress is too large to keep for all
         now = now.after(record)
-        expected = _as_json(rows_of_window(record, store.start, now.total)) if record.step in rows else {}
+        expected = _as_json(rows_of_window(record, store.start, now)) if record.step in rows else {}
         for row in rows.pop(record.step, []):
             faults += _differences(f"step {record.step}", row, expected)
         if record is now.last:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from smda_callbacks.maths.pathways import State
 from smda_callbacks.maths.uncertainty import above_floor, is_reliable, split_half_reliability
 from smda_callbacks.records import PATHWAYS, Array, WindowRecord
-from smda_callbacks.report.data import TIMES, RunData, accumulated_floor, behaviour_floors, coef_of, refuse_audit
+from smda_callbacks.report.data import TIMES, RunData, behaviour_floors, coef_of, refuse_audit
 from smda_callbacks.report.markup import token
 
 
@@ -51,14 +51,9 @@ def cumulative_shifts(data: RunData) -> dict[str, Array]:
 
 
 def shift_floors(data: RunData) -> dict[str, Array] | None:
-    """Part -> noise floor of :func:`cumulative_shifts`, same shape: the windows' floors as independent noise.
-
-    None where the noise was not measured.
-    """
-    noise = data.noise
-    if noise is None:
-        return None
-    return {part: accumulated_floor(data, noise, noise.random[part], noise.rounding[part]) for part in PATHWAYS}
+    """Part -> noise floor of :func:`cumulative_shifts`, same shape; None where the noise was not measured."""
+    floors = data.floors
+    return None if floors is None else {part: floors[part] for part in PATHWAYS}
 
 
 def norms(values: Array, behaviour: int) -> Array:

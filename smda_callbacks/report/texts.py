@@ -19,7 +19,8 @@ LINES_CAPTION = (
 ARROWS = "The same from start to end, sorted by change. {noise}"
 ARROWS_CAPTION = "Open circle: start. Filled: end."
 BAND = (
-    f"The grey band is {TIMES:g} times the noise floor around the start: an end inside it may be chance and is greyed."
+    f"The grey band around the start is {TIMES:g} times the noise floor of the change: an end inside it may be chance "
+    "and is greyed."
 )
 
 PATHWAYS = (
@@ -29,8 +30,8 @@ PATHWAYS = (
 )
 PATHWAYS_CAPTION = "L2 norm over features of the shifts summed since the start. Dotted uprights: windows not booked."
 DOTTED = (
-    "Dotted: the noise floor, what random updates of the same sizes would add up to; a line near its floor says "
-    "nothing."
+    "Dotted: the noise floor, what random updates of the same sizes would add up to, of the model as it was when they "
+    "were last tried; a line near its floor says nothing."
 )
 TRUST = (
     "Per window. Reliability is the correlation of a part over features between two halves of the probes: near 1 "

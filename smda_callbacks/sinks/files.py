@@ -5,7 +5,7 @@
                                files before training, so that its presence makes the folder a store
 ``probes.jsonl``               one probe a line
 ``policy.json, .safetensors``  the distilled policy: fields, and arrays
-``noise.safetensors``          the noise floor (absent if not measured)
+``noise.safetensors``          the noise floor around the start (absent if not measured); later ones are in ``steps``
 ``gaps.json``                  the gap table at the start
 ``start.safetensors``          the probes' residual stream at the start: a resumed run compares the SAE's health with it
 ``steps/000000000.safetensors``  one file per record, named by its last optimizer step: arrays, and all other

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from smda_callbacks.maths.account import mean_by_group
-from smda_callbacks.maths.uncertainty import above_floor, step_floor
+from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import PATHWAYS, ROWS, Array, NoiseFloor, Probe, RunStart, WindowRecord
+from smda_callbacks.sinks.noise_in_force import MEANS, floors_at, in_force, known
 from smda_callbacks.sinks.pair_table import PairTable, table_of
 from smda_callbacks.sinks.pair_totals import PairTotals
 
@@ -27,21 +28,23 @@ class Progress:
     """What a run has come to: its last ok record, and sums since the start.
 
     ``total``: shifts, part of PATHWAYS -> ``[feature, behaviour]``, coefficient units. ``pairs``: what pairs did; None
-    where nothing is attributed to them. ``windows``: that were ok; ``squares``: of the sizes of their updates, summed,
-    (root mean square change per trained weight) squared.
+    where nothing is attributed to them. ``noise``: the floor in force; ``squares``: of the windows' floors, summed, by
+    the names of :func:`~smda_callbacks.sinks.noise_in_force.floors_at`. Both None where it was not measured.
     """
 
     last: WindowRecord
     total: Mapping[str, Array]
     pairs: PairTotals | None = None
-    windows: int = 0
-    squares: float = 0.0
+    noise: NoiseFloor | None = None
+    squares: Mapping[str, Array] | None = None
 
     @classmethod
     def at(cls, start: RunStart) -> Progress:
         """Before the first window: the baseline, and sums of zero."""
         zero = {part: np.zeros_like(start.policy.coef) for part in PATHWAYS}
-        return cls(start.baseline, zero, PairTotals.at(start))
+        floors = floors_at(start.noise, 0.0)
+        squares = None if floors is None else {name: np.zeros_like(each) for name, each in floors.items()}
+        return cls(start.baseline, zero, PairTotals.at(start), known(start.noise), squares)
 
     def after(self, window: WindowRecord) -> Progress:
         """After one more window; one that is not ok moves nothing, because the next one spans it."""
@@ -49,7 +52,24 @@ class Progress:
         if window.status != "ok":
             return replace(self, pairs=pairs)
         total = {part: total + window.shift.get(part, 0.0) for part, total in self.total.items()}
-        return Progress(window, total, pairs, self.windows + 1, self.squares + window.update_rms**2)
+        noise = in_force(self.noise, window)
+        return Progress(window, total, pairs, noise, self._squares_after(window, noise))
+
+    def _squares_after(self, window: WindowRecord, noise: NoiseFloor | None) -> Mapping[str, Array] | None:
+        floors = (
+            floors_at(noise, window.update_rms) if window.shift else None
+        )  # the baseline has no shift, and no noise
+        if self.squares is None or floors is None:
+            return self.squares
+        return {name: total + np.square(floors[name]) for name, total in self.squares.items()}
+
+    @cached_property
+    def floors(self) -> Mapping[str, Array] | None:
+        """Noise floors of the changes since the start: the windows' floors as independent noise, each with its own.
+
+        By the names of :func:`~smda_callbacks.sinks.noise_in_force.floors_at`; None where it was not measured.
+        """
+        return None if self.squares is None else {name: np.sqrt(each) for name, each in self.squares.items()}
 
     @cached_property
     def pair_table(self) -> PairTable | None:
@@ -67,13 +87,14 @@ class Reading:
     """What a metric is computed from.
 
     ``total``: see :class:`Progress`, up to this window; None if not known. ``pairs``: what the run's pairs did, for its
-    summary only.
+    summary only. ``noise``: the floor in force at the window; None where it was not measured.
     """
 
     window: WindowRecord
     start: RunStart
     total: Mapping[str, Array] | None = None
     pairs: PairTable | None = None
+    noise: NoiseFloor | None = None
 
 
 def categories(probes: Iterable[Probe]) -> list[str]:
@@ -206,23 +227,16 @@ def reliability(r: Reading) -> Array | None:
 
 def features_above_floor(r: Reading) -> Array | None:
     """``[part, behaviour]``: share of the features"""
-    noise, shift = r.start.noise, r.window.shift
-    if noise is None or not shift or noise.update_rms <= 0:
+    floors, shift = floors_at(r.noise, r.window.update_rms), r.window.shift
+    if floors is None or not shift:
         return None
-    return np.array([above_floor(shift[part], shift_floor(noise, r.window, part)).mean(axis=0) for part in PATHWAYS])
+    return np.array([above_floor(shift[part], floors[part]).mean(axis=0) for part in PATHWAYS])
 
 
 def categories_above_floor(r: Reading) -> Array | None:
     """``[behaviour]``: share of the categories"""
-    noise, account = r.start.noise, r.window.account
-    if noise is None or not account or noise.update_rms <= 0:
+    floors, account = floors_at(r.noise, r.window.update_rms), r.window.account
+    if floors is None or not account:
         return None
-    size = r.window.update_rms / noise.update_rms
-    floor = step_floor(noise.behaviour_random, noise.behaviour_rounding, size)
-    share: Array = above_floor(sum(account[row] for row in ROWS), floor).mean(axis=0)
+    share: Array = above_floor(sum(account[row] for row in ROWS), floors[MEANS]).mean(axis=0)
     return share
-
-
-def shift_floor(noise: NoiseFloor, window: WindowRecord, part: str) -> Array:
-    """Noise floor of ``part`` for an update of the window's size, ``[feature, behaviour]``."""
-    return step_floor(noise.random[part], noise.rounding[part], window.update_rms / noise.update_rms)

@@ -7,17 +7,18 @@ and no wildcards. A number that is missing or not finite is left out of a row, n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from smda_callbacks.records import Array, RunStart, WindowRecord
+from smda_callbacks.records import RunStart, WindowRecord
 from smda_callbacks.sinks import metric_values as values
 from smda_callbacks.sinks import pair_values
 from smda_callbacks.sinks.metric_axes import AXES, names_of
 from smda_callbacks.sinks.metric_values import Reading
+from smda_callbacks.sinks.noise_in_force import in_force
 
 #: The x axis of every metric, as the Hugging Face trainer names it.
 STEP = "train/global_step"
@@ -178,13 +179,15 @@ def metric_names(start: RunStart) -> list[str]:
     return names
 
 
-def rows_of_window(window: WindowRecord, start: RunStart, total: Mapping[str, Array] | None = None) -> dict[str, float]:
+def rows_of_window(window: WindowRecord, start: RunStart, progress: values.Progress | None = None) -> dict[str, float]:
     """All metrics of a window, by name; the baseline is a window too.
 
-    ``total``: the shifts summed up to this window (:class:`~smda_callbacks.sinks.metric_values.Progress`); without it
-    the cumulative norms of the parts are left out.
+    ``progress``: what the run has come to at this window; without it the cumulative norms of the parts are left out,
+    and the noise floor is the window's own or that of the start.
     """
-    return _row(METRICS, Reading(window, start, total))
+    if progress is None:
+        return _row(METRICS, Reading(window, start, noise=in_force(start.noise, window)))
+    return _row(METRICS, Reading(window, start, progress.total, noise=progress.noise))
 
 
 def summary_of_run(start: RunStart, windows: Iterable[WindowRecord]) -> dict[str, float]:
@@ -195,7 +198,7 @@ def summary_of_run(start: RunStart, windows: Iterable[WindowRecord]) -> dict[str
 
 def summary_of_progress(start: RunStart, progress: values.Progress) -> dict[str, float]:
     """The same as :func:`summary_of_run` from running sums, for a writer that does not keep the windows."""
-    return _row(SUMMARY, Reading(progress.last, start, progress.total, progress.pair_table))
+    return _row(SUMMARY, Reading(progress.last, start, progress.total, progress.pair_table, progress.noise))
 
 
 def markdown_table() -> str:

@@ -61,8 +61,9 @@ class PairTable:
 def pair_table(start: RunStart, windows: Iterable[WindowRecord]) -> PairTable | None:
     """Sum the books of ``windows``, in order; None where no window was attributed.
 
-    The noise floor of a pair's effect is that of random updates of the size of the pair's own, with the rounding of a
-    reading where effects were read (engine ``exact``); windows are independent. Interference is judged on a pair's
+    The noise floor of a pair's effect is that of random updates of the size of the pair's own, of the model as it was
+    when the floor in force was measured, with the rounding of a reading where effects were read (engine ``exact``);
+    windows are independent. Interference is judged on a pair's
     total effect on the coefficients of the attributed features, first behaviour. Raises ValueError where the manifest's
     functionals are not those of the run's policy and probes.
     """
@@ -82,8 +83,8 @@ def table_of(totals: PairTotals) -> PairTable | None:
     share, effect, squares = (np.array([getattr(each, name) for each in found]) for name in _SUMMED)
     counts = np.array([each.windows for each in found], dtype=np.int64)
     squares[counts == 0] = np.nan
-    noise, lines, spread = totals.start.noise, dict(totals.lines), None
-    known = noise is not None and noise.update_rms > 0 and noise.functional_random is not None
+    lines, spread = dict(totals.lines), None
+    known = totals.noise is not None and totals.noise.functional_random is not None
     floor = np.sqrt(squares) if known else None
     if is_audit(totals.start.manifest):
         share, effect, floor = _over_repeats(share, effect, floor, counts)

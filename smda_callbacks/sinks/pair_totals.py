@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from smda_callbacks.maths.uncertainty import step_floor
 from smda_callbacks.records import LINES, Array, NoiseFloor, Pair, PairBook, RunStart, WindowRecord
 from smda_callbacks.sinks.attribution import is_attributed, is_audit
+from smda_callbacks.sinks.noise_in_force import in_force, known
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,10 @@ class PairTotal:
 
 @dataclass(frozen=True, eq=False)
 class PairTotals:
-    """What all pairs did so far. ``lines``: each of LINES, and ``measured`` -> ``[functional]``."""
+    """What all pairs did so far. ``lines``: each of LINES, and ``measured`` -> ``[functional]``.
+
+    ``noise``: the floor in force at the last window so far; None where it was not measured.
+    """
 
     start: RunStart
     functionals: tuple[str, ...]
@@ -54,6 +58,7 @@ class PairTotals:
     lines: Mapping[str, Array]
     attributed: int = 0  # attributed windows
     booked: int = 0  # ok windows, attributed or not
+    noise: NoiseFloor | None = None
 
     @classmethod
     def at(cls, start: RunStart) -> PairTotals | None:
@@ -61,17 +66,19 @@ class PairTotals:
         if not is_attributed(start.manifest):
             return None
         names = tuple(start.manifest["attribution"]["functionals"])
-        return cls(start, names, {}, dict.fromkeys((*LINES, "measured"), np.zeros(len(names))))
+        lines = dict.fromkeys((*LINES, "measured"), np.zeros(len(names)))
+        return cls(start, names, {}, lines, noise=known(start.noise))
 
     def after(self, window: WindowRecord) -> PairTotals:
         """After one more window; of one that is not ok only the descriptions of its pairs count."""
         seen = {pair.id: replace(self._of(pair.id), pair=pair) for pair in window.pairs_seen}
-        known = replace(self, pairs={**self.pairs, **seen}) if seen else self
+        now = replace(self, pairs={**self.pairs, **seen}) if seen else self
         if window.status != "ok":
-            return known
+            return now
+        now = replace(now, noise=in_force(self.noise, window))
         if window.pairs is None:
-            return replace(known, booked=self.booked + 1)
-        return known._with(window.pairs)
+            return replace(now, booked=self.booked + 1)
+        return now._with(window.pairs)
 
     def _with(self, book: PairBook) -> PairTotals:
         return replace(
@@ -84,7 +91,7 @@ class PairTotals:
 
     def _changed(self, book: PairBook) -> dict[int, PairTotal]:
         """The totals that a book changes."""
-        found, audit = effect_floors(book, self.start.noise), is_audit(self.start.manifest)
+        found, audit = effect_floors(book, self.noise), is_audit(self.start.manifest)
         floors = np.zeros((len(book.ids), 1)) if found is None else found
         changed = {}
         own = zip(book.ids.tolist(), book.share, book.effect, floors, book.intended, strict=True)
@@ -100,7 +107,7 @@ class PairTotals:
                 intended=intended.copy() if old.intended is None else old.intended,
                 repeats=(*old.repeats, effect.copy()) if audit else (),
             )
-        found = effect_floors(book, self.start.noise, later=True)
+        found = effect_floors(book, self.noise, later=True)
         floors = np.zeros((len(book.later_ids), 1)) if found is None else found
         later = zip(book.later_ids.tolist(), book.later_share, book.later_effect, floors, strict=True)
         for each, share, effect, floor in later:
@@ -121,7 +128,8 @@ def effect_floors(book: PairBook, noise: NoiseFloor | None, *, later: bool = Fal
 
     That of random updates of the size of the pair's own, with the rounding of a reading where effects were read.
     """
-    if noise is None or noise.update_rms <= 0 or noise.functional_random is None:
+    noise = known(noise)
+    if noise is None or noise.functional_random is None:
         return None
     # A linear effect is not read from the model, so that no rounding of a reading is in it.
     rounding = noise.functional_rounding if book.engine == "exact" else None

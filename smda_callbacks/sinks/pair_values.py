@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -54,7 +55,7 @@ def of_book(compute: Callable[[PairBook], float]) -> Callable[[Reading], float |
 def flagged(r: Reading) -> float | None:
     """Pairs of the window whose largest effect on a coefficient in it is unintended, and above the noise floor."""
     totals = PairTotals.at(r.start)
-    table = None if totals is None else table_of(totals.after(r.window))
+    table = None if totals is None else table_of(replace(totals, noise=r.noise).after(r.window))
     return None if table is None else float(table.flagged.sum())
 
 

@@ -18,8 +18,8 @@ window is null. Windows that are not ``ok`` appear in ``steps`` only.
 ``features``, one row per record, feature and behaviour
     ``step``, ``feature`` (SAE index), ``behaviour``, ``coef``, one column for each of
     :data:`~smda_callbacks.records.PATHWAYS`, ``floor_<part>`` (noise floor of the part for an update of this window's
-    size; null if the noise was not measured), ``above_floor_<part>`` (part larger than twice its floor),
-    ``above_floor`` (any of them).
+    size, by the floor in force at it; null if the noise was not measured), ``above_floor_<part>`` (part larger than
+    twice its floor), ``above_floor`` (any of them).
 
 ``pathways``, one row per record and behaviour
     ``step``, ``behaviour``, one column for each part (L2 norm over features), ``total`` (norm of their sum),
@@ -41,11 +41,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smda_callbacks.maths.account import mean_by_group
-from smda_callbacks.maths.uncertainty import above_floor, step_floor
+from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, SAEHealth, WindowRecord
 from smda_callbacks.sinks import files
 from smda_callbacks.sinks.attribution import is_attributed
 from smda_callbacks.sinks.files import StoreError
+from smda_callbacks.sinks.noise_in_force import all_in_force, floors_at
 from smda_callbacks.sinks.pair_tables import PAIR_TABLES
 from smda_callbacks.sinks.store_reader import RunStore
 
@@ -116,8 +117,10 @@ def _categories(store: RunStore, records: list[WindowRecord]) -> pa.Table:
 
 
 def _features(store: RunStore, records: list[WindowRecord]) -> pa.Table:
+    floors_of = _floors(store, records)
+
     def columns(record: WindowRecord) -> Columns:
-        floors = _floors(store, record)
+        floors = floors_of[record.step]
         above = {
             part: above_floor(record.shift[part], floor) if floor is not None and part in record.shift else None
             for part, floor in floors.items()
@@ -191,13 +194,13 @@ def _long(
     return pa.table(table)
 
 
-def _floors(store: RunStore, record: WindowRecord) -> dict[str, Array | None]:
-    """Noise floor of every part for this window's update, ``[feature, behaviour]``; None where it is not known."""
-    noise = store.noise
-    if noise is None or not record.shift or noise.update_rms <= 0:
-        return dict.fromkeys(PATHWAYS)
-    size = record.update_rms / noise.update_rms
-    return {part: step_floor(noise.random[part], noise.rounding[part], size) for part in PATHWAYS}
+def _floors(store: RunStore, records: list[WindowRecord]) -> dict[int, dict[str, Array | None]]:
+    """Step -> noise floor of every part for the window's update, ``[feature, behaviour]``; None where not known."""
+    found: dict[int, dict[str, Array | None]] = {}
+    for record, noise in zip(records, all_in_force(store.noise, records), strict=True):
+        floors = floors_at(noise, record.update_rms) if record.shift else None
+        found[record.step] = {part: None if floors is None else floors[part] for part in PATHWAYS}
+    return found
 
 
 def _category_means(store: RunStore, record: WindowRecord) -> Array:

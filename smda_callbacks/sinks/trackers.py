@@ -74,13 +74,13 @@ class TrackerSink:
             self._fresh = False
             self._log_start(self._start)
         self._progress = self._progress.after(window)
-        self._log(lambda: rows_of_window(window, self._start, self._progress.total), window.step)
+        self._log(lambda: rows_of_window(window, self._start, self._progress), window.step)
         for alert in window.alerts:
             self.alert(alert)
 
     def _log_start(self, start: RunStart) -> None:
         before = Progress.at(start)
-        self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
+        self._log(lambda: rows_of_window(start.baseline, start, before), start.baseline.step)
 
     def alert(self, alert: Alert) -> None:
         """Log an alert, as text where the tracker has a place for it."""

@@ -121,7 +121,7 @@ class WandbSink:
         self._windows += 1
         if not self._reaches(start):
             return
-        self._log(lambda: rows_of_window(window, start, self._progress.total), window.step)
+        self._log(lambda: rows_of_window(window, start, self._progress), window.step)
         if self._windows % self.tables_every == 0:
             self._submit_tables(start, self._progress)
         for alert in window.alerts:
@@ -171,7 +171,7 @@ class WandbSink:
     def _send_start(self, start: RunStart) -> None:
         """What is known before the first step."""
         before = Progress.at(start)
-        self._log(lambda: rows_of_window(start.baseline, start, before.total), start.baseline.step)
+        self._log(lambda: rows_of_window(start.baseline, start, before), start.baseline.step)
         self._submit_tables(start, before)
         self._submit_gaps(start.gaps, start.baseline.step)
         store = self.store_path

@@ -12,7 +12,8 @@ import numpy as np
 from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import PATHWAYS, ROWS, Array, RunStart, WindowRecord
 from smda_callbacks.sinks.above_noise import categories_above, features_above
-from smda_callbacks.sinks.metric_values import Progress, Reading, categories, category_means, shift_floor
+from smda_callbacks.sinks.metric_values import Progress, Reading, categories, category_means
+from smda_callbacks.sinks.noise_in_force import floors_at
 from smda_callbacks.sinks.wandb_private import LogText, shown_text
 
 MAX_ROWS = 2000  # W&B keeps 10,000 rows of a table; the run store has them all
@@ -56,7 +57,7 @@ def features_table(start: RunStart, progress: Progress) -> Table:
     ``run_above_noise``: the parts whose shift since the start is above noise (:mod:`smda_callbacks.sinks.above_noise`).
     """
     policy, last, run = start.policy, progress.last, features_above(start, progress)
-    above = _above_floor(start, last)
+    above = _above_floor(progress)
     words = {label.feature: label for label in policy.labels}
     rows = []
     for j, m in _largest_first(_change(start, last)):
@@ -124,12 +125,12 @@ def _change(start: RunStart, last: WindowRecord) -> Array:
     return np.zeros_like(start.policy.coef) if now is None or before is None else now - before
 
 
-def _above_floor(start: RunStart, window: WindowRecord) -> Array | None:
-    """Whether any part of the window's shift is above its floor, ``[feature, behaviour]``; None if not known."""
-    noise = start.noise
-    if noise is None or not window.shift or noise.update_rms <= 0:
+def _above_floor(progress: Progress) -> Array | None:
+    """Whether any part of the last window's shift is above its floor, ``[feature, behaviour]``; None if not known."""
+    shift, floors = progress.last.shift, floors_at(progress.noise, progress.last.update_rms)
+    if floors is None or not shift:
         return None
-    found: Array = np.any([above_floor(window.shift[part], shift_floor(noise, window, part)) for part in PATHWAYS], 0)
+    found: Array = np.any([above_floor(shift[part], floors[part]) for part in PATHWAYS], axis=0)
     return found
 
 

@@ -13,32 +13,32 @@ The order of events of one attributed optimizer step::
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from smda_callbacks.maths.functionals import FunctionalSet, measured
-from smda_callbacks.maths.ledger import close_books
 from smda_callbacks.maths.pathways import State
-from smda_callbacks.observe.features import pool
+from smda_callbacks.observe.divided import BrokenPassError
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite
 from smda_callbacks.observe.memory import is_out_of_memory
 from smda_callbacks.observe.optimizer_rules import Moments
 from smda_callbacks.observe.pair_gradients import PairCapture
 from smda_callbacks.observe.pair_team import TeamCapture
+from smda_callbacks.observe.probe_gradients import NO_ROOM
 from smda_callbacks.observe.reading import Reading
+from smda_callbacks.observe.sharding import ProcessError
 from smda_callbacks.observe.updates import moments_before, site_updates
-from smda_callbacks.records import Array, Pair, PairBook, PolicyRecord, Snapshot
+from smda_callbacks.records import Pair, PairBook, PolicyRecord, Snapshot
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.exact import Exact
-from smda_callbacks.training.ghost import Entries, Ghost, Parts, StepUpdate
+from smda_callbacks.training.ghost import Ghost, StepUpdate
+from smda_callbacks.training.pair_book import intended_features, pair_book, update_error
 from smda_callbacks.training.row_identity import PairIndex
 
 
@@ -115,10 +115,15 @@ class Attributor:
         began = time.perf_counter()
         try:
             reading = self.engine.read(model)
+        except BrokenPassError:
+            raise
+        except ProcessError as error:  # another process's share of the gradients
+            self.skip(str(error))
+            self.engine.close()
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            self.skip("out of memory for gradients through the probes. Next step: lower measure.batch_size")
+            self.skip(NO_ROOM)
             self._instrument.savings.lower.give_way("gradients")
             self.engine.close()  # the gradients kept are those of another reading: no window may start at them
         else:
@@ -233,56 +238,20 @@ class Attributor:
             parts = self.engine.book(window.steps)
         else:
             parts = self.engine.book(model, window.steps, window.start, start, end)
-        book = self._close(window, parts, self.measure(start, end))
-        seen = self._describe([*book.ids.tolist(), *book.later_ids.tolist()])
-        seconds = window.seconds + time.perf_counter() - began
-        return _with_seconds(book, seconds), seen
-
-    def _close(self, window: _Window, parts: Parts, change: Array) -> PairBook:
-        ids, share, effect, size = _by_pair(parts.own, len(change))
-        later_ids, later_share, later_effect, later_size = _by_pair(parts.later, len(change))
-        return PairBook(
+        book = pair_book(
+            parts,
+            self.measure(start, end),
             engine="ghost" if isinstance(self.engine, Ghost) else "exact",
-            ids=ids,
-            share=share,
-            effect=effect,
-            later_ids=later_ids,
-            later_share=later_share,
-            later_effect=later_effect,
-            later_size=later_size,
-            lines=close_books(change, share, later_share, momentum=parts.momentum, decay=parts.decay),
-            size=size,
-            intended=np.array([self._intended(window.prompts.get(int(number))) for number in ids], dtype=np.int64),
-            seconds=0.0,
+            intended=partial(self._intended, window),
             held_bytes=window.held,
             capture_error=window.capture_error,
-            update_error=self._update_error(window),
+            update_error=update_error(self._sites, window.start, window.steps),
         )
+        seen = self._describe([*book.ids.tolist(), *book.later_ids.tolist()])
+        return replace(book, seconds=window.seconds + time.perf_counter() - began), seen
 
-    def _intended(self, prompt: torch.Tensor | None) -> list[int]:
-        """Positions of the features that a pair's own prompt activates most, by activation times |coefficient|."""
-        most = min(self.options.intended, len(self._policy.features))
-        if prompt is None:
-            return [-1] * most
-        with torch.no_grad():
-            pre, gate = self._instrument.encode(prompt.unsqueeze(0))
-            span = torch.ones(pre.shape[:2], dtype=torch.bool, device=pre.device)
-            pre, gate = pool(pre, gate, span, self._instrument.readout)
-        active = (pre * gate)[0].double().cpu().numpy() / self._policy.scale
-        weight = active * np.abs(self._policy.coef).sum(axis=1)
-        order = np.argsort(-weight, kind="stable")[:most]
-        return [int(place) if weight[place] > 0 else -1 for place in order]
-
-    def _update_error(self, window: _Window) -> float:
-        """Share of the real update that the parts miss: rounding, where AdamW divides tiny gradients by themselves."""
-        missed = moved = 0.0
-        for number, site in enumerate(self._sites):
-            real = (site.weight.detach().flatten() - window.start[number]).double()
-            parts = [step.sites[number] for step in window.steps]
-            told = sum((p.shares().sum(dim=0) + p.momentum() + p.decay()).double() for p in parts)
-            missed += float((real - told).square().sum())
-            moved += float(real.square().sum())
-        return (missed / moved) ** 0.5 if moved else 0.0
+    def _intended(self, window: _Window, number: int) -> list[int]:
+        return intended_features(window.prompts.get(number), self._instrument, self._policy, self.options.intended)
 
     def _describe(self, numbers: Sequence[int]) -> tuple[Pair, ...]:
         fresh = [number for number in dict.fromkeys(numbers) if number not in self._described]
@@ -293,29 +262,6 @@ class Attributor:
 
 #: Beyond this the captured gradients are not those of the training. bf16 rounds to about 0.002.
 CAPTURE_LIMIT = 0.05
-
-
-def _by_pair(entries: Sequence[Entries], functionals: int) -> tuple[NDArray[np.int64], Array, Array, Array]:
-    """Entries of equal pairs added up: numbers ascending, shares, effects, sizes."""
-    numbers = np.array([number for each in entries for number in each.ids], dtype=np.int64)
-    ids, place = np.unique(numbers, return_inverse=True)
-
-    def gather(part: Callable[[Entries], Array], shape: tuple[int, ...]) -> Array:
-        total = np.zeros((len(ids), *shape))
-        if len(numbers):
-            np.add.at(total, place, np.concatenate([part(each) for each in entries]))
-        return total
-
-    return (
-        ids,
-        gather(lambda each: each.share, (functionals,)),
-        gather(lambda each: each.effect, (functionals,)),
-        gather(lambda each: each.size, ()),
-    )
-
-
-def _with_seconds(book: PairBook, seconds: float) -> PairBook:
-    return PairBook(**{**vars(book), "seconds": seconds})
 
 
 def _state(snapshot: Snapshot) -> State:

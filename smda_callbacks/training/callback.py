@@ -12,7 +12,7 @@ What a trainer does, with the points where the callback acts marked ``*``::
             optimizer step
             on_optimizer_step      * split the update over the pairs
             scheduler step, zero gradients
-            on_step_end      * every k steps: read the probes, book the window
+            on_step_end      * every k steps: read the probes, book the window; the noise floor anew after 4, 8, 16, ...
             on_log           * note the loss
             on_save          * leave a note of the run in the checkpoint
         on_epoch_end         * stopped early: book what is left

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from smda_callbacks.maths.uncertainty import above_floor, step_floor
+from smda_callbacks.maths.uncertainty import above_floor
 from smda_callbacks.records import Alert, Array, NoiseFloor, Pair, PairBook, PolicyRecord, Probe, WindowRecord
+from smda_callbacks.sinks.noise_in_force import MEANS, floors_at, in_force, known
 from smda_callbacks.sinks.pair_totals import effect_floors
 
 #: Pairs that an alert names.
@@ -23,7 +24,8 @@ class Causes:
     """Adds up what the windows of a run say of the policy's first behaviour.
 
     ``functionals``: names on the axis ``functional`` of the books of pairs; none where pairs are not attributed.
-    ``noise``: set once it is measured, before windows are added; without it whatever moved most is named.
+    ``noise``: the floor in force, set before a window is added that it holds for; without it whatever moved most is
+    named.
     """
 
     def __init__(self, policy: PolicyRecord, probes: Sequence[Probe], functionals: Sequence[str]) -> None:
@@ -46,18 +48,18 @@ class Causes:
         self._rows: dict[int, tuple[int, ...]] = {}
 
     def add_all(self, windows: Iterable[WindowRecord]) -> None:
-        """Add windows of any status, as a store gives them back."""
+        """Add windows of any status, as a store gives them back, with the floors that they bring."""
         for window in windows:
+            self.noise = in_force(self.noise, window)
             self.add(window.feature_account, window.pairs, window.pairs_seen, window.update_rms)
 
     def add(self, account: Mapping[str, Array], book: PairBook | None, seen: Sequence[Pair], size: float) -> None:
         """Add a window: its ``feature_account``, its pairs and those that it saw first, the size of its update."""
         for part in account.values():
             self._moved += part[:, :, 0]
-        noise = self._known_noise()
-        if account and noise is not None:
-            floor = step_floor(noise.behaviour_random, noise.behaviour_rounding, size / noise.update_rms)
-            self._squares += np.square(floor[:, 0])
+        floors_here = floors_at(self.noise, size)
+        if account and floors_here is not None:
+            self._squares += np.square(floors_here[MEANS][:, 0])
         self._rows |= {pair.id: pair.rows for pair in seen}
         if book is None or not self._columns:
             return
@@ -84,7 +86,7 @@ class Causes:
             return alert
         category, sign = self._categories.index(alert.category), np.sign(alert.value)
         limit = float(np.sqrt(self._squares[category]))
-        if self._known_noise() is not None and not above_floor(alert.value, limit):
+        if known(self.noise) is not None and not above_floor(alert.value, limit):
             return replace(alert, message=f"{alert.message}; not above noise: a change of this size may be chance")
         moved = sign * self._moved[category]
         largest = float(moved.max(initial=0.0))
@@ -109,7 +111,7 @@ class Causes:
 
         Infinite for a pair without a window of its own: nothing says how large the noise of its effect is.
         """
-        noise = self._known_noise()
+        noise = known(self.noise)
         if noise is None or noise.functional_random is None:
             return np.zeros(len(self._effects))
         return np.array(
@@ -120,10 +122,6 @@ class Causes:
                 for pair in self._effects
             ]
         )
-
-    def _known_noise(self) -> NoiseFloor | None:
-        """The noise floor, if it was measured with updates that moved anything."""
-        return self.noise if self.noise is not None and self.noise.update_rms > 0 else None
 
     def _name(self, pair: int) -> str:
         rows = self._rows.get(pair, ())

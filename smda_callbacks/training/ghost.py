@@ -66,7 +66,7 @@ class Ghost:
 
     ``carry``: book what the momentum does later to the pairs that caused it; ``limit``: bytes of gradients to keep;
     ``renew``: how many features' magnitude gradients every reading takes anew, in turn (None: all of them). The others
-    are those of the last readings: what that misses is in ``unexplained``.
+    are those of the last readings: what that misses is in ``unexplained``. ``last``: the gradients at the last reading.
     """
 
     def __init__(
@@ -88,28 +88,28 @@ class Ghost:
         self._in_turn = [means + k for k, each in enumerate(functionals.shifts) if each.pathway == "x"]
         self._renew = len(self._in_turn) if renew is None else min(renew, len(self._in_turn))
         self._before: Gradients | None = None  # at the window's start
-        self._last: Gradients | None = None  # at the last reading
+        self.last: Gradients | None = None
         self._past: deque[StepUpdate] = deque()
         self.count = sum(site.weight.numel() for site in sites)
 
     def read(self, model: nn.Module) -> Reading:
         """A reading that takes the gradients along."""
         stale: list[int] = []
-        if self._last is not None:
+        if self.last is not None:
             stale = self._in_turn[self._renew :]
             self._in_turn = stale + self._in_turn[: self._renew]
-        reading, self._last = self._read(model=model, last=self._last, stale=stale)
+        reading, self.last = self._read(model=model, last=self.last, stale=stale)
         return reading
 
     def open(self, model: nn.Module) -> None:
         """A window starts at ``model`` as it is now, which is where the last reading was taken, if any was."""
-        if self._last is None:
+        if self.last is None:
             self.read(model)
-        self._before = self._last
+        self._before = self.last
 
     def close(self) -> None:
         """The next window is not attributed, or this one could not be: what was kept is of no use."""
-        self._before = self._last = None
+        self._before = self.last = None
         self._past.clear()
 
     def book(self, steps: list[StepUpdate]) -> Parts:
@@ -117,9 +117,9 @@ class Ghost:
 
         Raises RuntimeError where the window was not opened and read.
         """
-        if self._before is None or self._last is None or self._before is self._last:
+        if self._before is None or self.last is None or self._before is self.last:
             raise RuntimeError("the window was not read with gradients at its start and its end")
-        end = self._last
+        end = self.last
         mean = tuple((a + b) / 2 for a, b in zip(self._before, end, strict=True))
         try:
             parts = [self._step(step, mean, end) for step in steps]

@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 
 from smda_callbacks.observe.distil import distil
 from smda_callbacks.observe.divided import BrokenPassError
 from smda_callbacks.observe.health import HealthMeter
 from smda_callbacks.observe.lora import AttributionError
-from smda_callbacks.observe.noise import UpdateMeter, measure_noise
+from smda_callbacks.observe.noise import UpdateMeter
 from smda_callbacks.observe.reading import NotFiniteError, Reading
 from smda_callbacks.observe.sharding import Team, told
 from smda_callbacks.records import (
@@ -35,6 +34,7 @@ from smda_callbacks.training.attribution_start import Trainer, pair_index, start
 from smda_callbacks.training.booking import book_window, gaps_of, refit
 from smda_callbacks.training.causes import Causes
 from smda_callbacks.training.manifest import build_manifest
+from smda_callbacks.training.noise_renewal import NoiseMeter
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.policy_check import check_policy
 from smda_callbacks.training.recording import Recording
@@ -96,8 +96,10 @@ class Monitor:
         )
         self.attributor = self.attribution.attributor
         self.causes = Causes(self.policy, plan.probes.probes, self.attribution.manifest["functionals"])
+        measure = self.attributor.measure if self.attributor else None
+        self.noise_meter = NoiseMeter(plan, self.instrument, self.policy, measure)
         if earlier is None:
-            self.noise = self.causes.noise = self._noise(model, learning_rate)
+            self.noise = self.causes.noise = self.noise_meter.first(model, self.snapshot, learning_rate)
             self.start = self._open(model, args)
         else:
             take_up_pairs(self, earlier)
@@ -130,25 +132,6 @@ class Monitor:
             **fit,
         )
         self.health_start: SAEHealth = health
-
-    def _noise(self, model: nn.Module, learning_rate: float) -> NoiseFloor | None:
-        if self.plan.noise_draws == 0 or learning_rate <= 0:
-            return None
-        bar = tqdm(
-            total=2 * self.plan.noise_draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None
-        )
-        with bar:
-            return measure_noise(
-                self.instrument,
-                model,
-                self.policy,
-                self.snapshot,
-                size=learning_rate,
-                draws=self.plan.noise_draws,
-                seed=self.plan.seed,
-                measure=self.attributor.measure if self.attributor else None,
-                tick=bar.update,
-            )
 
     def _open(self, model: nn.Module, args: Any) -> RunStart:
         manifest = build_manifest(self.plan, self.instrument, self.policy, model, args, self.attribution.manifest)
@@ -188,7 +171,7 @@ class Monitor:
         record = replace(record, seconds=time.perf_counter() - began)
         self.seconds += record.seconds
         if record.status == "ok":
-            self.window = record
+            self.window, self.noise_meter.windows = record, self.noise_meter.windows + 1
         for alert in record.alerts:
             logger.warning("step %d: %s", alert.step, alert.message)
         self._each_sink("write", record)
@@ -205,6 +188,8 @@ class Monitor:
         update_rms = self.meter.rms()
         # Last of what may fail: a window that fails is spanned by the next, and its pairs must not be booked twice.
         attributed = self._attribute(model, snapshot)
+        noise = self._renewed_noise(model, snapshot)
+        self.causes.noise = noise or self.causes.noise
         self.causes.add(booked.feature_account, attributed.get("pairs"), attributed.get("pairs_seen", ()), update_rms)
         record = WindowRecord(
             status="ok",
@@ -213,6 +198,7 @@ class Monitor:
             snapshot=snapshot,
             health=health,
             alerts=tuple(self.causes.named(alert) for alert in self.book.new(alerts)),
+            noise=noise,
             **head,
             **booked.fields(),
             **attributed,
@@ -238,6 +224,18 @@ class Monitor:
         self.attempts.succeeded()
         return {"pairs": found[0], "pairs_seen": found[1]}
 
+    def _renewed_noise(self, model: nn.Module, snapshot: Snapshot) -> NoiseFloor | None:
+        """The noise floor as it is now, where it is due again. Where that fails, the one in force goes on."""
+        try:
+            return self.noise_meter.renewed(model, snapshot, self.noise)
+        except BrokenPassError:  # the other processes cannot be told
+            raise
+        except Exception as error:
+            if self.plan.on_error == "raise":
+                raise
+            self._tell_failure(error, "the noise floor was not measured again")
+            return None
+
     def _failed(self, attributor: Attributor, error: Exception, step: int) -> str:
         """Why a window could not be attributed; switches attribution off where that goes on and on."""
         why = str(error) if isinstance(error, AttributionError) else told(error)
@@ -252,6 +250,8 @@ class Monitor:
             return
         try:
             self.attributor.open(model)
+        except BrokenPassError:  # likewise where gradients were being added up
+            raise
         except Exception as error:
             if self.plan.on_error == "raise":
                 raise

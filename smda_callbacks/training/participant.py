@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 from smda_callbacks.observe.divided import BrokenPassError, is_divided
+from smda_callbacks.observe.gradient_share import GradientShare
 from smda_callbacks.observe.instrument import Instrument
 from smda_callbacks.observe.lora import lora_sites
 from smda_callbacks.observe.noise import RandomMoves, trained_parameters
@@ -35,6 +36,7 @@ class Participant:
         self._training = training_runs()
         self._sender = PairSender(self._capture, team)
         self._sends = False
+        self._share = GradientShare(model, team)
 
     def serve(self) -> None:
         """Do what the leading process asks for, until it goes on with training.
@@ -42,16 +44,27 @@ class Participant:
         Raises:
             ProcessError: the leading process gave up; training cannot go on without it.
         """
-        while (command := self.team.hear()).what in ("read", "weights"):
-            if command.what == "weights":
-                help_with_weights(self.model, command.names)
-            else:
-                self.team.answer(lambda asked=command: self._read(asked), divided=self._divided)  # type: ignore[misc]
+        while (command := self.team.hear()).what not in ("done", "stop"):
+            self._do(command)
+        self._share.forget()
         if command.what == "stop":
             raise ProcessError(f"the main process stopped: {command.text}")
         self._sends = command.capture
         if not self._sends:
             self._sender.end()
+
+    def _do(self, command: Command) -> None:
+        """One thing that is done together; what goes wrong with a reading is sent, not raised."""
+        if command.what == "weights":
+            help_with_weights(self.model, command.names)
+        elif command.what == "sum":
+            self._add_up()
+        else:
+            self.team.answer(lambda: self._read(command), divided=self._divided)
+
+    def _add_up(self) -> None:
+        with contextlib.suppress(ProcessError):  # the main process has the same, and tells
+            self._share.add_up()
 
     def begin_step(self) -> None:
         """Capture the gradients of this process's examples, where they are wanted; likewise the other two."""
@@ -75,6 +88,9 @@ class Participant:
 
     def _read(self, command: Command) -> list[Part]:
         instrument = self._instrument(command.features)
+        if command.what != "read":
+            return self._share.parts(command, instrument)
+        self._share.forget()
         moved = contextlib.nullcontext() if command.move is None else self._moves.applied(command.move)
         with moved:
             return instrument.read_share(self.model)

@@ -42,6 +42,7 @@ class Plan:
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
         overhead_budget: most share of the run's wall time for measurements; they are made less often to keep it.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
+        renew_noise: whether the floor is measured again at the model as it then is, after 4, 8, 16, ... windows.
         savings: what readings need not compute again, or at all.
         attribution: how the windows' shifts are attributed to training pairs; dataset: the data set that the trainer
             was given, needed only where packing hides its rows.
@@ -67,6 +68,7 @@ class Plan:
     health_every: int = 1
     overhead_budget: float | None = None
     noise_draws: int = 8
+    renew_noise: bool = True
     savings: SavingOptions = SavingOptions()
     limits: AlertLimits = AlertLimits()
     attribution: AttributionOptions = AttributionOptions()

@@ -257,6 +257,7 @@ def take_up_pairs(monitor: Monitor, earlier: Earlier) -> None:
     check_same_pairs(earlier, monitor.attribution)
     monitor.causes.noise = monitor.noise
     monitor.causes.add_all(earlier.past.windows())
+    monitor.noise_meter.windows = earlier.past.measured
     if monitor.attributor is not None:
         monitor.attributor.continue_from(earlier.past.measured, earlier.past.pairs)
 

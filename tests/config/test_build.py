@@ -73,6 +73,7 @@ KEYS: dict[str, tuple[Any, Any, View]] = {
     "measure.health_every": (6, 6, lambda plan: plan.health_every),
     "measure.batch_size": (9, 9, lambda plan: plan.batch_size),
     "measure.noise_draws": (2, 2, lambda plan: plan.noise_draws),
+    "measure.renew_noise": (False, False, lambda plan: plan.renew_noise),
     "measure.keep_gib": (0.5, 0.5, lambda plan: plan.savings.keep_gib),
     "measure.share_prefix": (False, False, lambda plan: plan.savings.share_prefix),
     "measure.trim": (False, False, lambda plan: plan.savings.trim),

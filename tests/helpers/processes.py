@@ -120,13 +120,13 @@ def failing(real: Callable[..., list[Part]], faults: dict[tuple[int, int], str])
     """``Instrument.read_share`` that does what ``faults`` say of a process and the number of its call."""
     count = 0
 
-    def broken(self: Instrument, model: Any) -> list[Part]:
+    def broken(self: Instrument, model: Any, *visit: Any) -> list[Part]:
         nonlocal count
         count += 1
         what = faults.get((self.team.rank if self.team is not None else 0, count))
         if what == "raise":
             raise RuntimeError("out of luck")
-        parts = real(self, model)
+        parts = real(self, model, *visit)
         return [replace(part, hidden=part.hidden * torch.nan) for part in parts] if what == "nan" else parts
 
     return broken

@@ -6,7 +6,7 @@ idiosyncratic part. Nothing here imports torch or reads a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,27 @@ def write_run(path: Path, run: Run, *, close: bool = True) -> Path:
     if close:
         sink.close(run.end)
     return path
+
+
+def louder(noise: NoiseFloor, times: float) -> NoiseFloor:
+    """The same noise with all floors so many times as large."""
+    changed: dict[str, Any] = {
+        name: {part: values * times for part, values in getattr(noise, name).items()} for name in ("random", "rounding")
+    }
+    for name in ("behaviour_random", "behaviour_rounding", "functional_random", "functional_rounding"):
+        values = getattr(noise, name)
+        changed[name] = None if values is None else values * times
+    return replace(noise, **changed)
+
+
+def with_renewals(run: Run, times: Mapping[int, float]) -> Run:
+    """``run`` with the noise measured again in windows of these numbers, from 0: so many times that of the start."""
+    noise = run.start.noise
+    assert noise is not None
+    windows = tuple(
+        replace(window, noise=louder(noise, times[k])) if k in times else window for k, window in enumerate(run.windows)
+    )
+    return replace(run, windows=windows)
 
 
 def gaps_of(record: WindowRecord, policy: PolicyRecord, probes: tuple[Probe, ...]) -> tuple[dict[str, Any], ...]:

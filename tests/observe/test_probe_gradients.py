@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,11 @@ from peft import LoraConfig, get_peft_model
 
 from smda_callbacks.maths.functionals import FunctionalSet, Slopes, measured, slopes
 from smda_callbacks.maths.pathways import State
+from smda_callbacks.observe import probe_gradients
 from smda_callbacks.observe.activations import captured
 from smda_callbacks.observe.behaviour import prefix_probability, scorer
 from smda_callbacks.observe.distil import DistilOptions, distil
+from smda_callbacks.observe.gradient_share import GradientShare
 from smda_callbacks.observe.guard import measuring, weights_restored
 from smda_callbacks.observe.instrument import Instrument, arrays, build_instrument
 from smda_callbacks.observe.lora import AttributionError, LoraSite, lora_sites
@@ -23,6 +27,7 @@ from smda_callbacks.observe.probe_gradients import Gradients, check_differentiab
 from smda_callbacks.observe.reading import Reading, opening_log_probs
 from smda_callbacks.observe.sae import load_sae
 from smda_callbacks.observe.savings import SavingOptions
+from smda_callbacks.observe.sharding import Command, ProcessError, Team
 from smda_callbacks.records import Array, PolicyRecord
 from smda_callbacks.training.attribution_start import functionals_of
 from tests.helpers.tiny import many_probes, save_sae, tiny_model, tiny_sae, tiny_tokenizer
@@ -128,6 +133,79 @@ def test_stale_functionals_are_taken_over(bench: Bench) -> None:
         assert (new[x[1:]] == 7.0).all()
         kept = [k for k in range(len(new)) if k not in x[1:]]
         assert torch.equal(new[kept], whole[kept])
+
+
+class Other(Team):
+    """One of three processes, with a model of its own; it sends its sums nowhere."""
+
+    def __init__(self, rank: int, bench: Bench) -> None:
+        super().__init__(rank, 3, None)
+        self.instrument = bench.instrument.with_team(self)
+        self.share_of = GradientShare(copy.deepcopy(bench.model), self)
+        self.sent: list[torch.Tensor] = []
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.sent = list(tensors)
+
+
+class Main(Team):
+    """The first of them: what it tells the others, they do at once."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(0, 3, None)
+        self.others = [Other(rank, bench) for rank in (1, 2)]
+        self.told: list[Command] = []
+
+    def tell(self, command: Command) -> None:
+        self.told.append(command)
+
+    def gather(self, found: Any) -> list[Any]:
+        return [found, *(other.share_of.parts(self.told[-1], other.instrument) for other in self.others)]
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        for other in self.others:
+            other.share_of.add_up()
+            for total, each in zip(tensors, other.sent, strict=True):
+                total += each
+            other.share_of.add_up()
+            assert not other.sent  # nothing is held that was sent
+
+
+def test_the_shares_of_three_processes_add_up_to_the_gradients_of_one(tmp_path: Any) -> None:
+    bench = Bench(tmp_path)
+    bench.model.double()
+    _, alone = bench.read_with_gradients()
+    team = Main(bench)
+    given: dict[str, Any] = {"scale": bench.policy.scale, "lam": bench.policy.lam}
+    reading, together = gradient_reading(
+        bench.instrument.with_team(team), bench.model, bench.sites, bench.functionals, **given
+    )
+    assert [each.what for each in team.told] == ["gradients", "sum", "features", "sum"]
+    assert np.array_equal(reading.log_probs, bench.instrument.read(bench.model).log_probs)
+    for a, b in zip(together, alone, strict=True):
+        assert a.dtype == torch.float64
+        assert float((a - b).norm(dim=1).max()) < 1e-10 * float(b.norm())
+    assert all(site.weight.grad is None for site in bench.sites)
+
+
+def test_another_process_that_runs_out_of_memory_makes_room_and_holds_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Other(1, bench)
+    command = Command("gradients", functionals=bench.functionals, scale=bench.policy.scale)
+    other.share_of.parts(command, other.instrument)
+
+    def full(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("full")
+
+    gave: list[str] = []
+    monkeypatch.setattr(probe_gradients, "local_slopes", full)
+    monkeypatch.setattr(bench.instrument.savings.lower, "give_way", gave.append)
+    with pytest.raises(ProcessError, match="lower measure"):
+        other.share_of.parts(command, other.instrument)
+    other.share_of.add_up()
+    assert gave == ["gradients"]
+    assert other.sent == []
 
 
 def test_gradients_predict_what_moving_the_weights_does(bench: Bench) -> None:

@@ -6,20 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from peft import get_peft_model
+import torch
+from peft import LoraConfig, get_peft_model
 
-from recipes import benchmark_maths
+from recipes import benchmark_maths, benchmark_readings
 from recipes.benchmark_maths import Figure, Times, in_turns, refit, refit_at, sparse_problem
 from recipes.benchmark_memory import extra_peaks
+from recipes.benchmark_training import Options
 from smda_callbacks.maths.ridge import fit_ridge
+from smda_callbacks.observe.batches import tokenize_probes
+from smda_callbacks.observe.instrument import Instrument, build_instrument
+from smda_callbacks.observe.sae import load_sae
 from tests.helpers.lower import first_trained
-from tests.helpers.tiny import save_sae, tiny_model, tiny_sae, tiny_tokenizer
+from tests.helpers.tiny import save_sae, tiny_model, tiny_probes, tiny_sae, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"value", "min", "max", "repetitions", "unit", "target", "ok"}
@@ -99,7 +105,6 @@ def test_the_refits_figures_and_their_names() -> None:
 
 def test_the_file_holds_every_figure_and_the_environment() -> None:
     from recipes.benchmark_overhead import as_json
-    from recipes.benchmark_training import Options
 
     options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", repeats=2, train_steps=4)
     found = json.loads(json.dumps(as_json([Figure("x", [1.0, 2.0]), Figure("y", [3.0])], options)))
@@ -110,7 +115,7 @@ def test_the_file_holds_every_figure_and_the_environment() -> None:
 
 
 def test_options_become_the_callbacks_configuration() -> None:
-    from recipes.benchmark_training import Options, settings
+    from recipes.benchmark_training import settings
 
     options = Options("a-model", "an-sae", "pairs.jsonl", "cpu", 2, 4)
     config: Any = settings(options, {"measure": {"every": 10}})
@@ -128,6 +133,81 @@ def test_adapters_of_the_top_half() -> None:
         assert trained == set(map(str, expected))
     assert first_trained(get_peft_model(tiny_model(), _lora(tiny_model(), False))) == 0
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Instrument, Any]:
+    """Seven probes of different lengths in batches of three, five features of 96, adapters that do something."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    handle = load_sae(save_sae(tiny_sae("jumprelu"), tmp_path_factory.mktemp("sae")))
+    built = build_instrument(model, tiny_tokenizer(), handle, tiny_probes(), batch_size=3)
+    return built.of_features(np.array([3, 11, 40, 41, 95])), model
+
+
+TWINS = ("reading_no_tree", "reading_no_buckets", "reading_all_features", "reading_all_logits")
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_reading_without_a_saving_reads_the_same(name: str, watched: tuple[Instrument, Any]) -> None:
+    instrument, model = watched
+    fast, slow = instrument.read(model), benchmark_readings.twins(instrument)[name](model)
+    np.testing.assert_allclose(slow.log_probs, fast.log_probs, rtol=1e-4)
+    torch.testing.assert_close(slow.pre * slow.gate, fast.pre * fast.gate, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slow.hidden, fast.hidden, rtol=1e-4, atol=1e-5)
+
+
+def test_twins_really_do_without_the_savings(watched: tuple[Instrument, Any]) -> None:
+    """What goes into the model and comes out of it, and what goes into the SAE."""
+    instrument, model = watched
+    batches, made = instrument.batches, benchmark_readings.twins(instrument)
+    openings, nodes = len(batches.tree.openings), len(batches.tree.tokens)
+    seen: list[tuple[int, int, int]] = []
+
+    def after(_: Any, __: Any, given: dict[str, Any], output: Any) -> None:
+        seen.append((*given["input_ids"].shape, output.logits.shape[1]))
+
+    handle = model.register_forward_hook(after, with_kwargs=True)
+    shapes = {}
+    instrument.read(model)  # savings are tried at the first reading
+    for name, read in {"reading": instrument.read, **made}.items():
+        read(model)
+        seen.clear()
+        read(model)
+        shapes[name] = list(seen)
+    handle.remove()
+    assert {each[2] for each in shapes["reading"]} == {nodes}
+    assert sum(each[0] for each in shapes["reading_no_tree"]) == 7 * openings
+    assert max(each[2] for each in shapes["reading_no_tree"]) == max(map(len, batches.tree.token_paths))
+    assert all(logits == columns for _, columns, logits in shapes["reading_all_logits"])
+    assert shapes["reading_all_features"] == shapes["reading"]
+    columns = {name: sum(rows * wide for rows, wide, _ in each) for name, each in shapes.items()}
+    assert columns["reading_no_buckets"] > columns["reading"] == columns["reading_all_logits"]
+
+
+def test_prompts_and_their_order_are_those_of_the_probes(watched: tuple[Instrument, Any]) -> None:
+    instrument, _ = watched
+    ids = tokenize_probes(tiny_tokenizer(), tiny_probes(), context=None)
+    assert benchmark_readings.prompt_ids(instrument.batches) == ids
+    plain = benchmark_readings.in_file_order(instrument.batches)
+    assert [sorted(batch.index.tolist()) for batch in plain.batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert plain.padding > instrument.batches.padding
+
+
+def test_a_twin_that_reads_something_else_gives_no_figure(watched: tuple[Instrument, Any]) -> None:
+    instrument, model = watched
+    found = instrument.read(model)
+    benchmark_readings.check_alike("same", found, found)
+    for wrong in (replace(found, log_probs=found.log_probs + 0.01), replace(found, pre=found.pre[:, [1, 0, 2, 3, 4]])):
+        with pytest.raises(RuntimeError, match=r"^other does not give the reading's (probabilities|features)"):
+            benchmark_readings.check_alike("other", found, wrong)
+
+
+def test_every_twin_has_a_figure(watched: tuple[Instrument, Any]) -> None:
+    instrument, model = watched
+    figures = list(benchmark_readings.readings(instrument, model, Options("m", "s", "p", "cpu", 2, 4)))
+    assert [figure.name for figure in figures] == list(TWINS)
+    assert all(len(figure.values) == 2 and min(figure.values) > 0 for figure in figures)
 
 
 @pytest.mark.slow
@@ -152,7 +232,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
         "callback_over_probe_forward_cpu_top_half", "callback_over_probe_forward_cpu_top_half_no_keep",
         "callback_over_probe_forward_cpu_system_prompt_no_share_prefix", "kept_of_lower_layers",
         "train_with_over_without",
-        "train_with_over_without_every_10", "refit_speedup_16k", "refit_speedup_131k", "refit_max_abs_diff",
+        "train_with_over_without_every_10", "refit_speedup_16k", "refit_speedup_131k", "refit_max_abs_diff", *TWINS,
     } <= set(found)  # fmt: skip
     for name, row in found.items():
         assert set(row) == KEYS

@@ -14,8 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from recipes.evidence import cost_check, cost_runs
-from recipes.evidence.cost_model import Cost, Lora, Machine, Shape, Tokens, Work, backward, calibrated, forward, total
-from recipes.evidence.cost_parts import capture, exact, ghost, measure, parts, reading, train
+from recipes.evidence.cost_machine import CPU_THREAD, Cost, Machine, Stated, calibrated, fresh, total
+from recipes.evidence.cost_model import Lora, Shape, Tokens, Work, backward, forward
+from recipes.evidence.cost_parts import (
+    HEALTH_PASSES,
+    book,
+    capture,
+    exact,
+    functional_gradients,
+    ghost,
+    measure,
+    parts,
+    reading,
+    train,
+)
 from smda_callbacks.observe.lora import lora_sites, per_row, tapped
 
 TOKENS = Tokens(rows=2, columns=7, predicted=2 * 3)
@@ -80,7 +92,7 @@ def test_some_layers_alone_are_the_difference_of_two_models() -> None:
     quiet = replace(TOKENS, predicted=0)
     ranges = [(0, 1), (1, 2), (2, 3)]
     whole = forward(shape, lora, quiet)
-    assert total([forward(shape, lora, quiet, each) for each in ranges]) == whole
+    assert total([forward(shape, lora, quiet, each) for each in ranges]).flops == whole.flops
     assert forward(shape, lora, quiet, (0, 1)).flops < forward(shape, lora, quiet, (1, 2)).flops  # no adapters there
     assert backward(shape, lora, quiet, (0, 1)) == Cost()
 
@@ -138,11 +150,39 @@ def test_savings_save() -> None:
 
 def test_a_calibrated_machine_takes_what_it_was_calibrated_by() -> None:
     step = train(work())
-    machine = calibrated(step, 0.02, stated=(5.0, 1e-6))
+    stated = CPU_THREAD._replace(launch=1e-6, python=1e-7)
+    machine = calibrated(step, 0.02, stated)
+    assert machine == Machine(machine.flops, *stated)
     assert machine.seconds(step) == pytest.approx(0.02)
     assert machine.seconds(step * 3) == pytest.approx(0.06)
-    with pytest.raises(ValueError, match="larger model"):
-        calibrated(step, 1e-6, stated=(5.0, 1e-6))
+    with pytest.raises(ValueError, match=r"took 0 s"):
+        calibrated(step, 0.0, stated)
+
+
+def test_calls_take_half_of_the_step_that_calibrates_at_most() -> None:
+    """A step that is shorter than its calls are stated to take: both of their times are lowered alike."""
+    step, stated = train(work()), CPU_THREAD._replace(launch=1e-3, python=1e-4)
+    machine = calibrated(step, 0.02, stated)
+    assert machine.seconds(step) == pytest.approx(0.02)
+    assert machine.calling(step) == pytest.approx(0.01)
+    assert machine.launch / machine.python == pytest.approx(10)
+    assert machine.computing(step) / machine.flops == pytest.approx(0.01)
+
+
+def test_costs_of_a_machine_add_up() -> None:
+    machine = Machine(100.0, *Stated(balance=4.0, cached=2.0, fresh=8.0, single=1.0, thin=3.0, launch=0.5, python=0.25))
+    given = {"flops": 100, "bytes": 50, "cached": 50, "fresh": 25, "single": 100, "thin": 100, "calls": 6, "python": 4}
+    found = [machine.seconds(Cost(**{name: number})) for name, number in given.items()]
+    assert found == [1.0, 2.0, 1.0, 2.0, 1.0, 3.0, 3.0, 1.0]
+    assert machine.seconds(Cost(**given) * 2 + Cost(100)) == 2 * sum(found) + 1
+
+
+def test_only_large_arrays_are_new_every_time() -> None:
+    assert fresh(32 * 2**20, 4) == Cost()
+    assert fresh(33 * 2**20, 4) == Cost(fresh=132 * 2**20)
+    wide = work(features=2**20)  # 13 probes: 52 MiB
+    assert measure(wide).fresh == HEALTH_PASSES * 4 * 13 * 2**20
+    assert measure(work(features=2**19)).fresh == 0
 
 
 def _row(machine: Machine, given: Work, wrong: float = 1.0) -> dict[str, Any]:
@@ -152,7 +192,7 @@ def _row(machine: Machine, given: Work, wrong: float = 1.0) -> dict[str, Any]:
 
 
 def test_errors_are_zero_on_rows_that_the_model_made_and_a_wrong_one_is_found() -> None:
-    machine = Machine(1e9, *cost_check.CPU_THREAD)
+    machine = Machine(1e8, *cost_check.CPU_THREAD)  # so slow that calls are the smaller part of a step
     rows = {"2": _row(machine, work(pairs=2)), "4": _row(machine, work(), wrong=2.0)}
     found = {"scaling": {"axes": {"pairs": {"rows": rows}}, "environment": {"machine": "a processor"}}}
     checked = cost_check.check_model(found)
@@ -164,24 +204,46 @@ def test_errors_are_zero_on_rows_that_the_model_made_and_a_wrong_one_is_found() 
         cost_check.check_model({})
 
 
-def test_ratios_of_trainings_are_predicted_from_the_plain_step() -> None:
-    machine = Machine(1e9, *cost_check.CPU_THREAD)
-    row = _row(machine, work())
-    trl = cost_check.trl_work(row)
-    assert trl.train == (Tokens(4, 20, 40),)
-    step, window = machine.seconds(train(trl)), machine.seconds(measure(trl))
+def test_ratios_of_trainings_are_what_watching_adds_over_the_step_without() -> None:
+    """Momentum of one earlier step is followed at the second of three steps, of two at the third."""
+    machine, given = Machine(1e8, *cost_check.CPU_THREAD), work(carried=21)
+    row, at = _row(machine, given), machine.seconds
+    step, window = 1.5 * at(train(given)), at(measure(given))  # TRL's step takes longer than the bare one
+    books = at(capture(given)) + at(functional_gradients(given)) + at(book(work(carried=2)))
     rows = {
         "plain": {"milliseconds": 1e3 * step},
-        "step": {"value": 1 + window / step},
-        "step_every_10": {"value": 1 + window / step / 10},
-        "capture": {"value": 2 * (1 + machine.seconds(capture(trl)) / step)},
+        "step": {"value": 1 + window / step, "steps": 30},
+        "step_every_10": {"value": 1 + window / step / 10, "steps": 30},
+        "capture": {"value": 2 * (1 + at(capture(given)) / step), "steps": 30},
+        "ghost": {"value": 1 + (window + books) / step, "steps": 3},
     }
     part = {"parts": row, "rows": rows, "environment": {"machine": "a processor"}}
     errors = {each["row"]: each["own"] for each in cost_check.check_model({"x": part})["errors"] if "predicted" in each}
-    assert errors == pytest.approx({"x: step": 0, "x: step_every_10": 0, "x: capture": -0.5}, abs=1e-9)
+    assert errors == pytest.approx({"x: step": 0, "x: step_every_10": 0, "x: capture": -0.5, "x: ghost": 0}, abs=1e-9)
 
 
-def test_more_gpus_share_probes_until_each_has_one_batch() -> None:
+def test_momentum_is_followed_over_as_many_steps_as_there_were() -> None:
+    assert cost_check.carried_at(3, "ghost", 21) == 2  # of the steps after the first: 1 and 2
+    assert cost_check.carried_at(30, "ghost", 21) == 18  # 10 to 20, then 21
+    assert cost_check.carried_at(10, "exact_every_10", 2) == 2
+
+
+def test_a_window_of_engine_exact_has_every_pair_once() -> None:
+    """Four pairs a step, of data of 64: forty in ten steps. Eight a step: the data, not eighty."""
+    for pairs, expected in ((4, 40), (8, 64)):
+        given = work(pairs=pairs)
+        window = exact(given, pairs=expected, steps=10)
+        assert cost_check.ratio_costs(given)["exact_every_10"][-1] == window * 0.1
+    assert exact(work(), pairs=4, steps=1) == exact(work())
+    one, ten = exact(work(), steps=1), exact(work(), steps=10)
+    assert (ten.flops, ten.calls > one.calls) == (one.flops, True)  # readings are by pair, their parts by step too
+
+
+def test_more_gpus_share_probes_until_each_has_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    stated = cost_runs.DATACENTRE_GPU._replace(
+        launch=0.0, python=0.0
+    )  # calls of books, and walks over the modules, are not shared
+    monkeypatch.setattr(cost_runs, "DATACENTRE_GPU", stated)
     shape, given = cost_runs.SHAPES["Llama-3.1-8B"], cost_runs.Assumptions()
     one, two, eight, many = (cost_runs.ddp(shape, count, given) for count in (1, 2, 8, 64))
     assert one["measure"] / eight["measure"] == pytest.approx(426 / 64, rel=0.05)
@@ -189,8 +251,13 @@ def test_more_gpus_share_probes_until_each_has_one_batch() -> None:
     assert many["measure"] == eight["measure"]
     assert one["train"] == many["train"]
     assert many["pairs_gib"] == 64 * one["pairs_gib"]
-    # what the main process reads with gradients is the same, however many wait for it
-    assert one["measure"] + one["ghost"] == pytest.approx(many["measure"] + many["ghost"])
+    # gradients are taken of as many batches as are read, and one rank has nothing to add up
+    work = cost_runs.work_of(shape, given)
+    added = 4 * (work.basis + work.renewed) * work.lora.weights(shape)
+    batch = replace(work, probes=work.probes[:1])
+    for cost, its, speed in ((one, work, 1e99), (eight, batch, given.gather[0]), (many, batch, given.gather[1])):
+        assert cost["ghost"] == pytest.approx(given.machine.seconds(functional_gradients(its)) + added / speed)
+    assert one["ghost"] > 4 * eight["ghost"]
     wide = cost_runs.fsdp(shape, 64, replace(given, gather=(1e15, 1e15)))
     slow = cost_runs.fsdp(shape, 64, replace(given, gather=(1e15, 1e9)))
     assert wide["measure"] == pytest.approx(many["measure"], rel=1e-6)

@@ -20,6 +20,7 @@ from smda_callbacks.report.data import (
     run_account,
 )
 from smda_callbacks.report.figures import PART_NAMES
+from smda_callbacks.report.head import run_facts
 from smda_callbacks.report.markup import fixed, percent, signed
 from smda_callbacks.report.shifts import (
     categories_above,
@@ -34,7 +35,7 @@ from smda_callbacks.report.shifts import (
 from smda_callbacks.report.verdict import carried_sentence, sae_sentence, verdict, warning, worst_category
 from smda_callbacks.report.waterfall import Bar, bars_by_feature, bars_by_row, most_changed
 from smda_callbacks.sinks.store_reader import RunStore
-from tests.helpers.runs import Run, make_run, write_run
+from tests.helpers.runs import Run, make_run, with_renewals, write_run
 
 BEHAVIOURS = ("refusal", "hedging")
 
@@ -293,3 +294,17 @@ def test_names_of_features(tmp_path: Path) -> None:
     assert feature_name(data, 1000) == "1000 ␣sorry ↵"
     assert feature_name(data, 1017) == "1017 a label that is longer th…"
     assert feature_name(data, 1034) == "1034"
+
+
+@pytest.mark.parametrize(
+    ("renewals", "said"),
+    [
+        ({}, "from 3 random updates at the start"),
+        ({1: 2.0}, "from 3 random updates at the start; measured again at step 4"),
+        ({1: 2.0, 3: 2.0}, "from 3 random updates at the start; measured again at steps 4, 8"),
+    ],
+    ids=str,
+)
+def test_the_head_says_when_the_floor_was_measured(tmp_path: Path, renewals: dict[int, float], said: str) -> None:
+    data = read(tmp_path, with_renewals(make_run(windows=4), renewals))
+    assert dict(run_facts(data, 0))["noise floor"] == said

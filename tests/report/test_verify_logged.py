@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.store_reader import RunStore
 from smda_callbacks.sinks.wandb_media import GAPS, media_of
 from smda_callbacks.sinks.wandb_sink import WandbSink
-from tests.helpers.runs import Run, make_run
+from tests.helpers.runs import Run, louder, make_run, with_renewals
 
 METRIC = "smda/pathways/first_order_error"
 LINE = "smda/refusal_ledger_refuse/unexplained"
@@ -66,8 +67,9 @@ def edit_logged(path: Path, pick: Callable[[dict[str, Any]], bool], edit: Callab
 
 
 @pytest.mark.parametrize("pairs", [0, 6])
-def test_what_was_logged_is_made_again(tmp_path: Path, pairs: int) -> None:
-    run = make_run(windows=4, behaviours=("refusal", "hedging"), pairs=pairs)
+@pytest.mark.parametrize("renewals", [{}, {1: 4.0, 3: 0.3}], ids=str)
+def test_what_was_logged_is_made_again(tmp_path: Path, pairs: int, renewals: dict[int, float]) -> None:
+    run = with_renewals(make_run(windows=4, behaviours=("refusal", "hedging"), pairs=pairs), renewals)
     path = log(tmp_path / "run", run)
     entries = files.read_rows(path / files.LOGGED)
     sent = {name for entry in entries for name in entry.get("row", {})}
@@ -76,6 +78,16 @@ def test_what_was_logged_is_made_again(tmp_path: Path, pairs: int) -> None:
     assert any("summary" in entry for entry in entries)
     assert of(path).ok
     assert of(path).detail == f"{len(entries)} entries made again"
+
+
+def test_a_renewed_floor_that_was_changed_shows_in_what_was_logged(tmp_path: Path) -> None:
+    run = with_renewals(make_run(windows=4, features=8), {1: 4.0})
+    path, window = log(tmp_path / "run", run), run.windows[1]
+    assert of(path).ok
+    assert window.noise is not None
+    files.write_record(files.step_file(path, window.step), replace(window, noise=louder(window.noise, 1e3)))
+    assert not of(path).ok
+    assert "smda/tables/features of step 4 differs" in of(path).detail
 
 
 @pytest.mark.parametrize("log_text", ["none", "hash", "full"])

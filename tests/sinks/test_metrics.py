@@ -24,6 +24,7 @@ from smda_callbacks.records import (
     WindowRecord,
 )
 from smda_callbacks.sinks.metric_axes import AXES, axes_of
+from smda_callbacks.sinks.metric_values import Progress, progress_of
 from smda_callbacks.sinks.metrics import (
     METRICS,
     SECTIONS,
@@ -33,7 +34,7 @@ from smda_callbacks.sinks.metrics import (
     rows_of_window,
     summary_of_run,
 )
-from tests.helpers.runs import make_run
+from tests.helpers.runs import louder, make_run
 
 PROBES = (
     Probe("f0", "secret text zero", "fraud", "refuse"),
@@ -67,6 +68,11 @@ def make_start(
     floor = NoiseFloor(3, 1e-4, *floors, 0.1 * np.ones((names, m)), np.zeros((names, m)))
     gaps = ({"category": "weapons", "mean": 0.5, "is_gap": True, "pulling": ((7, -0.25),), "unshared": None},)
     return RunStart({"run_id": "made-up"}, probes, policy, baseline, gaps, floor if noise else None)
+
+
+def at(start: RunStart, total: np.ndarray) -> Progress:
+    """A run that has come to these shifts, of every part."""
+    return replace(Progress.at(start), total=dict.fromkeys(PATHWAYS, total))
 
 
 def make_window(start: RunStart, step: int = 2, **changes: Any) -> WindowRecord:
@@ -131,7 +137,7 @@ def test_a_groups_account_weighs_categories_by_their_probes_and_sums_to_its_chan
 
 def test_pathways_are_norms_and_the_whole_is_the_norm_of_the_sum() -> None:
     start = make_start()
-    row = rows_of_window(make_window(start), start, dict.fromkeys(PATHWAYS, np.array([[6.0], [8.0]])))
+    row = rows_of_window(make_window(start), start, at(start, np.array([[6.0], [8.0]])))
     assert row["smda/pathways/shift_x_magnitude"] == 5.0
     assert row["smda/pathways/shift_x_gating"] == 0.0
     assert row["smda/pathways/shift_y"] == 2.5
@@ -152,6 +158,20 @@ def test_a_shift_counts_as_above_its_floor_from_twice_the_floor_on() -> None:
     account = {row: np.zeros((3, 1)) for row in ROWS} | {"shift_y": np.array([[-0.3], [0.1], [0.0]])}
     moved = rows_of_window(make_window(start, account=account), start)
     assert moved["smda/reliability/above_floor_categories"] == pytest.approx(1 / 3)
+
+
+def test_a_floor_that_was_measured_again_judges_its_own_window_and_the_later_ones() -> None:
+    start = make_start()
+    assert start.noise is not None
+    twice = louder(start.noise, 2.0)  # shifts 3 and 4 against floors of 2; changes of 0.1 against 0.2
+    windows = [make_window(start), make_window(start, 4, noise=twice), make_window(start, 6)]
+    account = {row: np.zeros((3, 1)) for row in ROWS} | {"shift_y": np.array([[-0.3], [0.1], [0.0]])}
+    windows = [replace(window, account=account) for window in windows]
+    rows = [rows_of_window(each, start, progress_of(start, windows[: k + 1])) for k, each in enumerate(windows)]
+    assert [row["smda/reliability/above_floor_shift_x_magnitude"] for row in rows] == [1.0, 0.0, 0.0]
+    assert [row["smda/reliability/above_floor_categories"] for row in rows] == [pytest.approx(1 / 3), 0.0, 0.0]
+    alone = rows_of_window(windows[1], start)  # nothing is known of the run but this window and the start
+    assert alone["smda/reliability/above_floor_shift_x_magnitude"] == 0.0
 
 
 def test_health_cost_and_alerts_are_taken_from_the_record() -> None:
@@ -196,7 +216,7 @@ def test_a_window_that_is_not_ok_says_what_it_cost_and_nothing_else() -> None:
 @pytest.mark.parametrize("noise", [True, False])
 def test_metric_names_are_exactly_those_of_a_full_window(behaviours: tuple[str, ...], noise: bool) -> None:
     start = make_start(behaviours=behaviours, noise=noise)
-    row = rows_of_window(make_window(start), start, dict.fromkeys(PATHWAYS, np.zeros((2, len(behaviours)))))
+    row = rows_of_window(make_window(start), start, at(start, np.zeros((2, len(behaviours)))))
     assert list(row) == metric_names(start)
     assert not [name for name in row if "." in name or "*" in name]
     assert set(rows_of_window(start.baseline, start)) < set(row)

@@ -123,7 +123,7 @@ def test_a_run_that_attributes_nothing_has_no_metric_of_pairs() -> None:
 
 def test_metric_names_are_those_of_an_attributed_window_and_few(run: Run) -> None:
     window = run.windows[1]
-    row = rows_of_window(window, run.start, progress_of(run.start, run.windows[:2]).total)
+    row = rows_of_window(window, run.start, progress_of(run.start, run.windows[:2]))
     names = metric_names(run.start)
     assert [name for name in names if name in row] == list(row)
     ours = set(names) - set(metric_names(replace(run.start, manifest={})))

@@ -104,10 +104,10 @@ def feed(sink: TrackerSink, run: Run) -> None:
 def expected_rows(run: Run) -> Rows:
     rows: Rows = defaultdict(dict)
     done = Progress.at(run.start)
-    rows[run.start.baseline.step] |= rows_of_window(run.start.baseline, run.start, done.total)
+    rows[run.start.baseline.step] |= rows_of_window(run.start.baseline, run.start, done)
     for window in run.windows:
         done = done.after(window)
-        rows[window.step] |= rows_of_window(window, run.start, done.total)
+        rows[window.step] |= rows_of_window(window, run.start, done)
     rows[run.end.step] |= summary_of_run(run.start, run.windows)
     return rows
 

@@ -52,10 +52,10 @@ def logged(offline: Path, tmp_path_factory: pytest.TempPathFactory) -> Logged:
 
 def expected_rows(logged: Logged) -> list[dict[str, float]]:
     start, done = logged.start, []
-    rows = [rows_of_window(start.baseline, start, progress_of(start, []).total) | {STEP: 0}]
+    rows = [rows_of_window(start.baseline, start, progress_of(start, [])) | {STEP: 0}]
     for window in logged.windows:
         done.append(window)
-        rows.append(rows_of_window(window, start, progress_of(start, done).total) | {STEP: window.step})
+        rows.append(rows_of_window(window, start, progress_of(start, done)) | {STEP: window.step})
     return [*rows, {"smda/alerts/count": 1.0, STEP: 4}]
 
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.sinks.store import StoreSink
 from smda_callbacks.sinks.trajectory import TrajectoryFolder
+from smda_callbacks.training import noise_renewal
 from smda_callbacks.training.callback import MeasuringCallback
 from smda_callbacks.training.engine import AttributionOptions
 from smda_callbacks.training.plan import Plan
@@ -76,13 +77,15 @@ def run(make: Callable[..., Any], case: dict[str, Any], callbacks: list[TrainerC
 @pytest.mark.parametrize("name", MATRIX)
 @pytest.mark.parametrize("engine", ["ghost", "exact"])
 def test_weights_optimizer_state_and_logs_are_identical(
-    engine: Any, name: str, plan: Plan, sink: MemorySink, trainer: Any
+    engine: Any, name: str, plan: Plan, sink: MemorySink, trainer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(noise_renewal, "FIRST", 1)  # the noise floor is measured again after windows 1, 2 and 4
     case = MATRIX[name]
     without = run(trainer, case, [])
     watched = run(trainer, case, [MeasuringCallback(replace(plan, attribution=AttributionOptions(engine=engine)))])
     assert [window.status for window in sink.windows] == ["ok"] * 4
     assert all(window.pairs is not None and window.pairs.engine == engine for window in sink.windows)
+    assert [window.step for window in sink.windows if window.noise is not None] == [1, 2, 4]
     assert len(without.steps) == len(watched.steps) == 4
     for a, b in zip(without.steps, watched.steps, strict=True):
         assert a.keys() == b.keys()

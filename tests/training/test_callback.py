@@ -147,11 +147,11 @@ def test_a_failing_measurement_does_not_stop_training(
     calls = []
     real = Instrument.read
 
-    def broken(self: Instrument, model: Any, visit: Any = None) -> Any:
+    def broken(self: Instrument, model: Any, visit: Any = None, **further: Any) -> Any:
         calls.append(1)
         if len(calls) in (6, 7):  # distillation, noise floor and first gradients are over, step 1 was good
             raise RuntimeError("the probe pass broke")
-        return real(self, model, visit)
+        return real(self, model, visit, **further)
 
     monkeypatch.setattr(Instrument, "read", broken)
     with caplog.at_level(logging.WARNING, "smda_callbacks"):
@@ -169,7 +169,7 @@ def test_on_error_raise_stops_training(plan: Plan, trainer: Any, monkeypatch: py
 
     class Once(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            monkeypatch.setattr(Instrument, "read", lambda *_: 1 / 0)
+            monkeypatch.setattr(Instrument, "read", lambda *_, **__: 1 / 0)
 
     run.add_callback(Once())
     with pytest.raises(ZeroDivisionError):

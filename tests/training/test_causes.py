@@ -10,7 +10,7 @@ import pytest
 from smda_callbacks.records import Alert, NoiseFloor
 from smda_callbacks.sinks.pair_table import pair_table
 from smda_callbacks.training.causes import MOST, Causes
-from tests.helpers.runs import Run, make_run
+from tests.helpers.runs import Run, make_run, with_renewals
 
 
 @pytest.fixture(scope="module")
@@ -159,3 +159,31 @@ def test_what_is_not_known_is_not_named(run: Run) -> None:
     assert "effects" not in found.message
     health = Alert(4, "sae_fvu", "the SAE misses much", None, 0.4, 0.2)
     assert causes.named(health) == health
+
+
+def test_every_window_is_judged_by_the_floor_in_force(run: Run) -> None:
+    """Renewed floors a thousandth and a thousand times as large, as a store gives them back and as a run sets them."""
+    for times, chance in ((1e-3, False), (1e3, True)):
+        start = with_floors(run, category=1.0, pair=1e-3)
+        renewed = with_renewals(replace(run, start=replace(run.start, noise=start)), {1: times})
+        at_once, singly = fresh(run), fresh(run)
+        at_once.noise = singly.noise = start
+        at_once.add_all(renewed.windows)
+        for window in renewed.windows:
+            singly.noise = window.noise or singly.noise
+            singly.add(window.feature_account, window.pairs, window.pairs_seen, window.update_rms)
+        sizes = [window.update_rms / start.update_rms for window in run.windows if window.status == "ok"]
+        limit = 2 * np.sqrt(sizes[0] ** 2 + np.square(np.multiply(times, sizes[1:])).sum())  # floors of 1, then others
+        for value in (0.99 * limit, 1.01 * limit):
+            found = at_once.named(alert("fraud", -value))
+            assert found == singly.named(alert("fraud", -value))
+            assert ("may be chance" in found.message) == (value < limit)
+        loud = at_once.named(alert("fraud", -1.01 * limit))
+        table = pair_table(renewed.start, renewed.windows)
+        assert table is not None
+        assert table.floor is not None
+        column = table.functionals.index("refusal:fraud")
+        strong = table.effect[:, column] < -2 * np.nan_to_num(table.floor[:, column], nan=np.inf)
+        assert set(loud.pairs) <= {pair.id for pair, each in zip(table.pairs, strong, strict=True) if each}
+        assert len(loud.pairs) == min(MOST, int(strong.sum()))
+        assert (len(loud.pairs) == 0) == chance

@@ -57,12 +57,18 @@ def test_the_store_is_that_of_one_process(found: Found, sae_folder: Path, tmp_pa
     assert_same(together.probes, alone.probes)
     # Gradients are summed in another order from then on.
     assert [w.status for w in together.windows()] == ["ok"] * STEPS
+    assert [w.step for w in together.windows() if w.noise is not None] == [4]
     for a, b in zip(together.windows(), alone.windows(), strict=True):
         assert (a.step, a.first_step) == (b.step, b.first_step)
         np.testing.assert_allclose(a.snapshot.y, b.snapshot.y, rtol=1e-4)
         np.testing.assert_allclose(a.snapshot.x, b.snapshot.x, rtol=1e-4, atol=1e-4)
         for part in PATHWAYS:
             np.testing.assert_allclose(a.shift[part], b.shift[part], atol=1e-3 * np.abs(alone.policy.coef).max())
+    # The floor measured again in the middle of the training: both processes made the same random moves.
+    again, single = together.window(4).noise, alone.window(4).noise
+    np.testing.assert_allclose(again.behaviour_random, single.behaviour_random, rtol=1e-2)
+    np.testing.assert_allclose(again.random["shift_y"], single.random["shift_y"], rtol=1e-2)
+    assert not np.allclose(again.behaviour_random, together.noise.behaviour_random, rtol=1e-2)
 
 
 def test_a_process_that_fails_costs_the_window_and_nobody_waits(found: Found) -> None:

@@ -105,6 +105,7 @@ def test_a_run_gone_on_with_from_any_checkpoint_is_bit_for_bit_the_run_that_neve
     train(folder, plan, start=step)
     expected, store = RunStore.open(whole / "smda"), held(folder)
     assert_same_windows(store.windows(), expected.windows())
+    assert [window.step for window in store.windows() if window.noise is not None] == [4]
     assert_same(store.start, expected.start)
     assert store.end is not None
     assert store.end.step == STEPS
