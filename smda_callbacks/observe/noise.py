@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -130,14 +130,19 @@ def measure_noise(
     draws: int,
     seed: int = 0,
     measure: Callable[[State, State], Array] | None = None,
+    start: NoiseFloor | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> NoiseFloor:
     """Noise floor of the policy's shifts and of every category's mean behaviour, from ``2 * draws`` readings.
+
+    Rounding is that of moves a thousand times smaller. Given the floor of the ``start``, it is not measured but taken
+    from there, grown as each random part has grown, for it goes through the same slopes: ``draws`` readings.
 
     Args:
         baseline: the snapshot of ``model`` as it is now.
         size: change of every trained weight, normally the peak learning rate.
         measure: further numbers ``[functional]`` of a change between two states, whose floors are wanted too.
+        start: an earlier floor of the same run, of updates as large.
         tick: called after every reading, for a progress bar.
     """
     groups = instrument.probes.groups
@@ -159,10 +164,27 @@ def measure_noise(
         functional = _root_mean_square(others) if measure is not None else None
         return rms_floor(shifts), _root_mean_square(changes), functional
 
-    random, behaviour_random, functional_random = floors(1.0, seed)
-    rounding, behaviour_rounding, functional_rounding = floors(ROUNDING_SCALE, seed + 1)
-    return NoiseFloor(
-        draws, size, random, rounding, behaviour_random, behaviour_rounding, functional_random, functional_rounding
+    random = floors(1.0, seed)
+    rounding = floors(ROUNDING_SCALE, seed + 1) if start is None else _grown(start, *random)
+    return NoiseFloor(draws, size, random[0], rounding[0], random[1], rounding[1], random[2], rounding[2])
+
+
+def _grown(
+    start: NoiseFloor, random: Mapping[str, Array], behaviour: Array, functional: Array | None
+) -> tuple[dict[str, Array], Array, Array | None]:
+    """Rounding of the start, element by element as much larger as what random updates do."""
+
+    def grown(rounding: Array, before: Array, now: Array) -> Array:
+        ratio = np.divide(now, before, out=np.ones_like(now), where=before > 0)
+        return rounding * ratio
+
+    further = None
+    if functional is not None and start.functional_random is not None and start.functional_rounding is not None:
+        further = grown(start.functional_rounding, start.functional_random, functional)
+    return (
+        {part: grown(start.rounding[part], start.random[part], random[part]) for part in random},
+        grown(start.behaviour_rounding, start.behaviour_random, behaviour),
+        further,
     )
 
 

@@ -29,7 +29,8 @@ class NoiseFloorError(RuntimeError):
 def is_due(windows: int) -> bool:
     """Whether the floor is measured again after so many booked windows: 4, 8, 16, ...
 
-    So the floor in force is never older than half of the run, and a run of 1000 windows pays for eight renewals.
+    So the floor in force is never older than half of the run, and a run of 1000 windows pays for eight renewals, which
+    take half as many readings each as the floor of the start.
     """
     return windows >= FIRST and windows & (windows - 1) == 0
 
@@ -69,13 +70,16 @@ class NoiseMeter:
             return None
         try:
             # A floor takes two seeds. By the step, so that a run gone on with draws what it would have drawn.
-            return self._floor(model, snapshot, start.update_rms, plan.seed + 2 * snapshot.step)
+            return self._floor(model, snapshot, start.update_rms, plan.seed + 2 * snapshot.step, start)
         except NotFiniteError as error:  # of a model that was moved: nothing is said about the window
             raise NoiseFloorError(f"with the weights moved at random, {error}") from error
 
-    def _floor(self, model: nn.Module, snapshot: Snapshot, size: float, seed: int) -> NoiseFloor:
+    def _floor(
+        self, model: nn.Module, snapshot: Snapshot, size: float, seed: int, start: NoiseFloor | None = None
+    ) -> NoiseFloor:
         draws = self._plan.noise_draws
-        with tqdm(total=2 * draws, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None) as bar:
+        total = 2 * draws if start is None else draws
+        with tqdm(total=total, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None) as bar:
             return measure_noise(
                 self._instrument,
                 model,
@@ -85,5 +89,6 @@ class NoiseMeter:
                 draws=draws,
                 seed=seed,
                 measure=self._measure,
+                start=start,
                 tick=bar.update,
             )

@@ -42,7 +42,8 @@ class Plan:
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
         overhead_budget: most share of the run's wall time for measurements; they are made less often to keep it.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
-        renew_noise: whether the floor is measured again at the model as it then is, after 4, 8, 16, ... windows.
+        renew_noise: whether the floor is measured again at the model as it then is, after 4, 8, 16, ... windows
+            (a reading each).
         savings: what readings need not compute again, or at all.
         attribution: how the windows' shifts are attributed to training pairs; dataset: the data set that the trainer
             was given, needed only where packing hides its rows.

@@ -152,6 +152,31 @@ def test_the_noise_floor_grows_with_the_update_and_rounding_is_below_it(model: A
     assert (large.behaviour_random > 0).all()
 
 
+def test_a_later_floor_takes_its_rounding_from_the_start_grown_as_the_random_part_has(
+    model: Any, handle: SAEHandle
+) -> None:
+    """Half of the readings, and near what measuring it there gives."""
+    full = instrument(model, handle)
+    policy, narrowed, baseline = distil(full, model, tiny_tokenizer(), OPTIONS)
+    ticks: list[int] = []
+    measure = partial(measure_noise, narrowed, model, policy, size=1e-2, draws=6, tick=lambda: ticks.append(1))
+    start = measure(narrowed.snapshot(0, baseline))
+    with torch.no_grad():
+        for parameter in trained_parameters(model):
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)), alpha=0.1)
+    there = narrowed.snapshot(1, narrowed.read(model))
+    measured, made, taken = measure(there, seed=9), len(ticks), measure(there, seed=9, start=start)
+    assert (made, len(ticks) - made) == (24, 6)
+    np.testing.assert_array_equal(taken.behaviour_random, measured.behaviour_random)
+    grown = start.behaviour_rounding * measured.behaviour_random / start.behaviour_random
+    np.testing.assert_allclose(taken.behaviour_rounding, grown)
+    for found, known in (
+        (taken.behaviour_rounding, measured.behaviour_rounding),
+        (taken.rounding["shift_y"], measured.rounding["shift_y"]),
+    ):
+        assert 1 / 3 < np.linalg.norm(found) / np.linalg.norm(known) < 3
+
+
 def test_health_of_a_known_sae(handle: SAEHandle) -> None:
     """Identity-like checks: nothing moved, everything moved along the decoder, everything moved across it."""
     generator = torch.Generator().manual_seed(0)

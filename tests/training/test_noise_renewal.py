@@ -101,7 +101,7 @@ class Twin(TrainerCallback):
             assert monitor.attributor is not None
             self.found = measure_noise(
                 monitor.instrument, kwargs["model"], monitor.policy, monitor.snapshot,
-                size=RATE, draws=2, seed=8, measure=monitor.attributor.measure,
+                size=RATE, draws=2, seed=8, measure=monitor.attributor.measure, start=monitor.start.noise,
             )  # fmt: skip
 
 
