@@ -5,17 +5,22 @@
   ``..._cpu``, and all that follow: in processor time.
 * ``..._no_trim``: without that saving (``measure.trim: false``), all else as before.
 * ``..._top_half``: adapters on the layers from n/2 on, rounded up; ``..._no_keep`` computes the others every time, too.
+* ``upper_layers_over_probe_forward``: what the adapted half, with the head, takes of that bare pass: more than half.
 * ``..._system_prompt``: behind a system prompt, whose tokens all probes share; ``..._no_share_prefix`` reads it in
   every row. Pairs cannot be attributed by engine ghost with that saving.
 * ``reading_...``: savings without a switch, see recipes/benchmark_readings.py.
+* ``books_over_probe_forward_cpu``: what a measurement does when the model has been read: on a GPU, all that could be
+  done beside the next step (health is the GPU's there); ``handed_to_the_host``: KiB that leave it per reading.
 * ``padding_of_probes``: share of the columns without a token; ``kept_of_lower_layers``: MiB.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import get_peft_model
@@ -25,6 +30,8 @@ from recipes.benchmark_readings import readings
 from recipes.benchmark_training import Options, load, lora, settings, training_arguments
 from smda_callbacks.config.build import build_plan
 from smda_callbacks.observe.activations import decoder_layers
+from smda_callbacks.observe.instrument import Instrument
+from smda_callbacks.observe.kept import begun_at
 from smda_callbacks.observe.noise import trained_parameters
 from smda_callbacks.sinks.memory import MemorySink
 from smda_callbacks.training.attribution_start import Trainer
@@ -74,9 +81,28 @@ def measurement(options: Options, case: Case) -> Iterator[Figure]:
     if not case.name:
         yield Figure(NAME, [a.wall / b.wall for a, b in turns], case.target)
         yield Figure("padding_of_probes", [monitor.instrument.batches.padding], unit="share")
+        yield from _books(monitor, adapted, options)
     yield Figure(f"{NAME}_cpu{case.name}", [a.cpu / b.cpu for a, b in turns], case.target)
     if case.name == "_top_half":
         yield Figure("kept_of_lower_layers", [monitor.instrument.savings.lower.bytes / 2**20], unit="MiB")
+        upper = _forward(monitor, adapted, options, first=monitor.instrument.savings.lower.first)
+        turns = in_turns(upper, _forward(monitor, adapted, options), options.repeats, options.device)
+        yield Figure("upper_layers_over_probe_forward", [a.cpu / b.cpu for a, b in turns])
+
+
+def _books(monitor: Monitor, adapted: Any, options: Options) -> Iterator[Figure]:
+    """What is left of a measurement when the model has been read."""
+    reading, bare = monitor.instrument.read(adapted), _forward(monitor, adapted, options)
+    measure = _measure(monitor, adapted)
+
+    def books() -> None:
+        with patch.object(Instrument, "read", lambda *_, **__: reading):
+            measure()
+
+    turns = in_turns(books, bare, options.repeats, options.device)
+    yield Figure("books_over_probe_forward_cpu", [a.cpu / b.cpu for a, b in turns])
+    handed = reading.pre.numel() * 8 + reading.gate.numel() * 8 + reading.log_probs.nbytes
+    yield Figure("handed_to_the_host", [handed / 2**10], unit="KiB")
 
 
 def watched(options: Options, case: Case) -> tuple[Monitor, Any]:
@@ -119,13 +145,16 @@ def _measure(monitor: Monitor, adapted: Any) -> Callable[[], None]:
     return measure
 
 
-def _forward(monitor: Monitor, adapted: Any, options: Options) -> Callable[[], None]:
-    batches = monitor.instrument.batches
+def _forward(monitor: Monitor, adapted: Any, options: Options, *, first: int = 0) -> Callable[[], None]:
+    """A bare pass, of the layers from ``first`` on."""
+    batches, width = monitor.instrument.batches, adapted.get_input_embeddings().embedding_dim
     inputs, nodes = [batch.input_ids.to(options.device) for batch in batches.batches], len(batches.tree.tokens)
 
     @torch.no_grad()
     def forward() -> None:
         for rows in inputs:
-            adapted(input_ids=rows, logits_to_keep=nodes, use_cache=False)
+            stream = torch.zeros(*rows.shape, width, device=rows.device, dtype=adapted.dtype)
+            with begun_at(adapted, first, stream) if first else contextlib.nullcontext():
+                adapted(input_ids=rows, logits_to_keep=nodes, use_cache=False)
 
     return forward

@@ -231,6 +231,7 @@ def test_the_whole_script(tmp_path: Path) -> None:
         "callback_over_probe_forward", "callback_over_probe_forward_cpu", "callback_over_probe_forward_cpu_no_trim",
         "callback_over_probe_forward_cpu_top_half", "callback_over_probe_forward_cpu_top_half_no_keep",
         "callback_over_probe_forward_cpu_system_prompt_no_share_prefix", "kept_of_lower_layers",
+        "upper_layers_over_probe_forward", "books_over_probe_forward_cpu", "handed_to_the_host",
         "train_with_over_without",
         "train_with_over_without_every_10", "refit_speedup_16k", "refit_speedup_131k", "refit_max_abs_diff", *TWINS,
     } <= set(found)  # fmt: skip
