@@ -38,16 +38,9 @@ from smda_callbacks.training.noise_renewal import NoiseMeter
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.policy_check import check_policy
 from smda_callbacks.training.recording import Recording
-from smda_callbacks.training.resume import (
-    Earlier,
-    keep_start,
-    make_sinks,
-    read_again,
-    take_up,
-    take_up_pairs,
-    take_up_window,
-)
+from smda_callbacks.training.resume import Earlier, keep_start
 from smda_callbacks.training.row_identity import PairIndex
+from smda_callbacks.training.take_up import make_sinks, read_again, take_up, take_up_pairs, take_up_window
 
 logger = logging.getLogger("smda_callbacks")
 
