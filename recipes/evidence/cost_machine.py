@@ -81,16 +81,10 @@ DATACENTRE_GPU = Stated(balance=130.0, cached=130.0, fresh=0.0, single=5.0, thin
 
 @dataclass(frozen=True)
 class Machine:
-    """``flops``: FLOP/s reached in training; the others: see :class:`Stated`."""
+    """``flops``: FLOP/s reached in training; ``stated``: all else."""
 
     flops: float
-    balance: float
-    cached: float
-    fresh: float
-    single: float
-    thin: float
-    launch: float
-    python: float
+    stated: Stated
 
     def seconds(self, cost: Cost) -> float:
         """Seconds of this cost."""
@@ -98,12 +92,13 @@ class Machine:
 
     def computing(self, cost: Cost) -> float:
         """FLOPs, and those in the time of all else that computes."""
-        moved = cost.bytes * self.balance + cost.cached * self.cached + cost.fresh * self.fresh
-        return cost.flops + cost.single * self.single + cost.thin * self.thin + moved
+        s = self.stated
+        moved = cost.bytes * s.balance + cost.cached * s.cached + cost.fresh * s.fresh
+        return cost.flops + cost.single * s.single + cost.thin * s.thin + moved
 
     def calling(self, cost: Cost) -> float:
         """Seconds of the calls."""
-        return cost.calls * self.launch + cost.python * self.python
+        return cost.calls * self.stated.launch + cost.python * self.stated.python
 
 
 #: Calls take at most this share of the step that calibrates. What is stated of them holds to a factor of two or so; of
@@ -119,8 +114,8 @@ def calibrated(step: Cost, seconds: float, stated: Stated = CPU_THREAD) -> Machi
     """
     if not seconds > 0:
         raise ValueError(f"a training step took {seconds:.3g} s. Next step: calibrate by one that was measured.")
-    one = Machine(1.0, *stated)
+    one = Machine(1.0, stated)
     less = min(1.0, MOST_CALLS * seconds / max(one.calling(step), 1e-300))
     left = seconds - less * one.calling(step)
     lowered = stated._replace(launch=less * stated.launch, python=less * stated.python)
-    return Machine(one.computing(step) / left, *lowered)
+    return Machine(one.computing(step) / left, lowered)

@@ -53,7 +53,7 @@ class Assumptions:
     @property
     def machine(self) -> Machine:
         """One GPU."""
-        return Machine(self.peak * self.mfu, *DATACENTRE_GPU)
+        return Machine(self.peak * self.mfu, DATACENTRE_GPU)
 
 
 def work_of(shape: Shape, given: Assumptions) -> Work:

@@ -11,11 +11,12 @@ what the others do is in :mod:`smda_callbacks.observe.gradient_share`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from smda_callbacks.maths.functionals import FunctionalSet, Slopes, slopes
@@ -34,6 +35,9 @@ from smda_callbacks.records import Array
 
 #: Per site the gradient of every functional, ``[functional, out * in]``.
 Gradients = tuple[Tensor, ...]
+
+#: Numbers of the probes of a batch, ``[row]``.
+Rows = NDArray[np.int64]
 
 #: Why a window has no gradients where memory does not suffice for them.
 NO_ROOM = "out of memory for gradients through the probes. Next step: lower measure.batch_size"
@@ -117,24 +121,12 @@ def basis_visitor(
 
     Per site ``[basis, out * in]``; see :func:`~smda_callbacks.maths.local_slopes.local_slopes`.
     """
-    basis = zeros(sites, basis_size(functionals))
-    weights = torch.zeros(0)
 
-    def add(number: int, seen: Tensor, gradient: Tensor) -> None:
-        basis[number].addmm_(weights.to(basis[number]), per_row(seen, gradient))
+    def weigh(index: Rows, x: Array, y: Array) -> Array:
+        return local_slopes(functionals, index, x, y, scale=scale)
 
-    def visit(batch: ProbeBatch, pre: Tensor, gate: Tensor, edges: Tensor) -> None:
-        nonlocal weights
-        y, scores = _scores(instrument, edges)
-        x = (pre * gate).detach().double().cpu().numpy()
-        local = local_slopes(functionals, batch.index.cpu().numpy(), x, y, scale=scale)
-        for m, each in enumerate(scores):
-            weights = torch.from_numpy(np.ascontiguousarray(local[:, :, m])).to(basis[0])  # once, not per site
-            reached = tuple(sites[number] for number in tap.lowest) or sites
-            _backward(each.sum(), reached, keep=m + 1 < len(scores))
-
-    with tapped(sites, add) as tap:
-        yield visit, basis
+    with _weighted_visitor(instrument, sites, basis_size(functionals), weigh) as found:
+        yield found
 
 
 def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraSite, ...], slopes: Slopes) -> Gradients:
@@ -143,7 +135,23 @@ def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraS
     Leaves no trace in the model. Per site ``[target, out * in]`` float32 (float64 for such a model).
     """
     instrument = instrument.with_team(None)
-    found = zeros(sites, len(slopes.y))
+    with _weighted_visitor(instrument, sites, len(slopes.y), lambda index, x, y: slopes.y[:, index]) as (visit, found):
+        instrument.read(model, visit)
+    moving = np.flatnonzero(np.abs(slopes.pre).sum(axis=(1, 2)) > 0).tolist()
+    add_features(instrument, model, sites, slopes.pre[moving], [[total[k] for k in moving] for total in found])
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _weighted_visitor(
+    instrument: Instrument, sites: tuple[LoraSite, ...], count: int, weigh: Callable[[Rows, Array, Array], Array]
+) -> Iterator[tuple[Visitor, list[Tensor]]]:
+    """Context with a visitor of batches, and per site the sums ``[count, out * in]`` that it adds gradients up to.
+
+    ``weigh``: of a batch's probe numbers, activations and scores, the weight of every score's gradient in every sum,
+    ``[count, row, behaviour]``.
+    """
+    found = zeros(sites, count)
     weights = torch.zeros(0)
 
     def add(number: int, seen: Tensor, gradient: Tensor) -> None:
@@ -151,17 +159,15 @@ def slope_gradients(instrument: Instrument, model: nn.Module, sites: tuple[LoraS
 
     def visit(batch: ProbeBatch, pre: Tensor, gate: Tensor, edges: Tensor) -> None:
         nonlocal weights
-        _, scores = _scores(instrument, edges)
+        y, scores = _scores(instrument, edges)
+        local = weigh(batch.index.cpu().numpy(), (pre * gate).detach().double().cpu().numpy(), y)
         for m, each in enumerate(scores):
-            weights = torch.from_numpy(np.ascontiguousarray(slopes.y[:, batch.index.cpu().numpy(), m])).to(found[0])
+            weights = torch.from_numpy(np.ascontiguousarray(local[:, :, m])).to(found[0])  # once, not per site
             reached = tuple(sites[number] for number in tap.lowest) or sites
             _backward(each.sum(), reached, keep=m + 1 < len(scores))
 
     with tapped(sites, add) as tap:
-        instrument.read(model, visit)
-    moving = np.flatnonzero(np.abs(slopes.pre).sum(axis=(1, 2)) > 0).tolist()
-    add_features(instrument, model, sites, slopes.pre[moving], [[total[k] for k in moving] for total in found])
-    return tuple(found)
+        yield visit, found
 
 
 def _scores(instrument: Instrument, edges: Tensor) -> tuple[Array, list[Tensor]]:

@@ -154,7 +154,7 @@ def test_slopes_of_powers_are_the_powers() -> None:
 
 
 def test_growth_of_rows_that_the_model_made_is_the_models(tiny: Parts) -> None:
-    machine, rows = Machine(1e9, *CPU_THREAD), {}
+    machine, rows = Machine(1e9, CPU_THREAD), {}
     for times in (1, 2, 4):
         work = replace(tiny.work(), probes=tiny.work().probes * times)
         seconds = {name: {"value": machine.seconds(cost)} for name, cost in parts(work).items()}
