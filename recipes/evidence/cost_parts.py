@@ -22,7 +22,7 @@ FIT_CALLS = Cost(python=120 + 25 * 5)
 WALK, LAYER_WALK, ADAPTER_WALK = 200, 270, 1470
 
 #: Walks of a reading, which keeps and puts back the state of every module, and of the pass for features' gradients.
-READING_WALKS, FEATURE_WALKS = 8, 7
+READING_WALKS, FEATURE_WALKS = 7, 6
 
 #: Calls of a reading per batch, per lower layer that is kept (is it still what it was?), of the rest of a measurement.
 BATCH_CALLS, KEPT_CALLS, BOOK_CALLS = Cost(calls=58, python=630), Cost(calls=50), Cost(calls=73, python=4100)
