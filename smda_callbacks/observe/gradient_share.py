@@ -61,7 +61,7 @@ class GradientShare:
 
     def _features(self, command: Command, instrument: Instrument, sites: tuple[LoraSite, ...]) -> list[Part]:
         assert command.slope is not None
-        rows = [list(total) for total in zeros(sites, len(command.slope))]
-        add_features(instrument, self._model, sites, command.slope, rows)
-        self._held = [row for of_site in rows for row in of_site]
+        sums = zeros(sites, len(command.slope))
+        add_features(instrument, self._model, sites, command.slope, [list(total) for total in sums])
+        self._held = sums
         return []

@@ -172,10 +172,13 @@ def measure_noise(
 def _grown(
     start: NoiseFloor, random: Mapping[str, Array], behaviour: Array, functional: Array | None
 ) -> tuple[dict[str, Array], Array, Array | None]:
-    """Rounding of the start, element by element as much larger as what random updates do."""
+    """Rounding of the start, element by element as much larger as what random updates do.
+
+    What was nothing but rounding there (a category that is always refused) says nothing of growth, and stays.
+    """
 
     def grown(rounding: Array, before: Array, now: Array) -> Array:
-        ratio = np.divide(now, before, out=np.ones_like(now), where=before > 0)
+        ratio = np.divide(now, before, out=np.ones_like(now), where=before > 2 * rounding)
         return rounding * ratio
 
     further = None

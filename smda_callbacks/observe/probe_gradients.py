@@ -200,7 +200,11 @@ def _add_features(
         return []
 
     instrument.team.read(replace(instrument.command, what="features", slope=slope), own)
-    _add_up(instrument.team, [row for of_site in rows for row in of_site])
+    sums = [torch.stack(of_site) for of_site in rows]  # a message per site, not per row
+    _add_up(instrument.team, sums)
+    for of_site, total in zip(rows, sums, strict=True):
+        for row, whole in zip(of_site, total, strict=True):
+            row.copy_(whole)
 
 
 def add_features(

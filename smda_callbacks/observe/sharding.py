@@ -142,7 +142,10 @@ class Team:
         mine = self._own(own, divided)
         everything = self.gather([])  # also after a fault: the others are waiting
         if isinstance(mine, Exception) and not isinstance(mine, LeftError):
-            raise mine
+            try:
+                raise mine
+            finally:
+                del mine  # or this frame and the error hold each other, and with them all that the pass had allocated
         failures = [f"process {k}: {found.text}" for k, found in enumerate(everything) if isinstance(found, Failure)]
         if failures:
             raise ProcessError(f"not every process could read its probes. {'; '.join(failures)}")
@@ -156,10 +159,11 @@ class Team:
 
     def answer(self, own: Callable[[], list[Part]], *, divided: bool = False) -> None:
         """Take part in a reading that was heard of; what goes wrong is sent, not raised."""
-        found = self._own(lambda: [part.to(torch.device("cpu")) for part in own()], divided)
-        if isinstance(found, LeftError):
-            found = []  # the one that could not go on says why
-        self.gather(Failure(told(found)) if isinstance(found, Exception) else found)
+        found: Any = self._own(lambda: [part.to(torch.device("cpu")) for part in own()], divided)
+        if isinstance(found, Exception):  # the error itself would hold on to what the pass has allocated
+            # Where it left because another could not go on, that one says why.
+            found = [] if isinstance(found, LeftError) else Failure(told(found))
+        self.gather(found)
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Add ``tensors`` of all processes up on the first one, in no certain order; on the others they are used up.
@@ -183,17 +187,18 @@ class Team:
 
     def _own(self, own: Callable[[], list[Part]], divided: bool) -> list[Part] | Exception:
         """This process's parts, or why there are none; the others are told in time."""
-        found: list[Part] | Exception
         try:
             found = own()
         except BrokenPassError:
             raise
         except LeftError as error:
             return error
-        except Exception as error:
-            found = error
+        except Exception as error:  # under no other name: it would hold on to what the pass has allocated
+            if divided:
+                self.agree(-1)
+            return error
         if divided:
-            self.agree(-1 if isinstance(found, Exception) else 0)
+            self.agree(0)
         return found
 
 

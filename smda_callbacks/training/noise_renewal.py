@@ -77,8 +77,10 @@ class NoiseMeter:
     def _floor(
         self, model: nn.Module, snapshot: Snapshot, size: float, seed: int, start: NoiseFloor | None = None
     ) -> NoiseFloor:
-        draws = self._plan.noise_draws
+        draws, measure = self._plan.noise_draws, self._measure
         total = 2 * draws if start is None else draws
+        if start is not None and start.functional_random is None:  # windows before have no floor to add up with
+            measure = None
         with tqdm(total=total, desc="SMDA noise floor", unit="reading", delay=2, leave=False, disable=None) as bar:
             return measure_noise(
                 self._instrument,
@@ -88,7 +90,7 @@ class NoiseMeter:
                 size=size,
                 draws=draws,
                 seed=seed,
-                measure=self._measure,
+                measure=measure,
                 start=start,
                 tick=bar.update,
             )

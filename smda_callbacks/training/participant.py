@@ -17,7 +17,8 @@ from smda_callbacks.observe.noise import RandomMoves, trained_parameters
 from smda_callbacks.observe.pair_gradients import PairCapture
 from smda_callbacks.observe.pair_team import PairSender
 from smda_callbacks.observe.reading import Part
-from smda_callbacks.observe.sharding import Command, ProcessError, Team, help_with_weights, told
+from smda_callbacks.observe.sharding import Command, Move, ProcessError, Team, help_with_weights, told
+from smda_callbacks.observe.zero3 import let_go
 from smda_callbacks.training.attribution_start import make_capture
 from smda_callbacks.training.plan import Plan
 from smda_callbacks.training.row_identity import training_runs
@@ -91,9 +92,19 @@ class Participant:
         if command.what != "read":
             return self._share.parts(command, instrument)
         self._share.forget()
-        moved = contextlib.nullcontext() if command.move is None else self._moves.applied(command.move)
+        moved = contextlib.nullcontext() if command.move is None else self._moved(command.move)
         with moved:
             return instrument.read_share(self.model)
+
+    @contextlib.contextmanager
+    def _moved(self, move: Move) -> Iterator[None]:
+        """Weights moved. Where that fails, what is gathered is let go of, as the main process does after every move."""
+        try:
+            with self._moves.applied(move):
+                yield
+        except Exception:
+            let_go(trained_parameters(self.model))
+            raise
 
     def _instrument(self, features: tuple[int, ...] | None) -> Instrument:
         """Made at the first reading: the leading process has the SAE by then, so only one downloads it."""

@@ -41,6 +41,7 @@ class Plan:
         policy: a saved policy to start from; None distils one at the start of training.
         every: measure after every so many optimizer steps; health_every: SAE health at every so many measurements.
         overhead_budget: most share of the run's wall time for measurements; they are made less often to keep it.
+            A renewal of the noise floor is not foreseen, but paid back.
         noise_draws: random updates for the noise floor (two readings each); 0 leaves it out.
         renew_noise: whether the floor is measured again at the model as it then is, after 4, 8, 16, ... windows
             (a reading each).

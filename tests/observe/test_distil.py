@@ -16,9 +16,10 @@ from smda_callbacks.maths.support import strongest_keeping
 from smda_callbacks.observe.distil import DistilOptions, distil
 from smda_callbacks.observe.health import sae_health
 from smda_callbacks.observe.instrument import Instrument, build_instrument
-from smda_callbacks.observe.noise import UpdateMeter, measure_noise, random_readings, trained_parameters
+from smda_callbacks.observe.noise import UpdateMeter, _grown, measure_noise, random_readings, trained_parameters
 from smda_callbacks.observe.prefixes import PrefixError
 from smda_callbacks.observe.sae import SAEHandle, load_sae
+from smda_callbacks.records import PATHWAYS, NoiseFloor
 from tests.helpers.tiny import many_probes, save_sae, tiny_model, tiny_sae, tiny_tokenizer
 
 OPTIONS = DistilOptions(support=6, min_active=3, cv_folds=4)
@@ -175,6 +176,15 @@ def test_a_later_floor_takes_its_rounding_from_the_start_grown_as_the_random_par
         (taken.rounding["shift_y"], measured.rounding["shift_y"]),
     ):
         assert 1 / 3 < np.linalg.norm(found) / np.linalg.norm(known) < 3
+
+
+def test_rounding_that_was_all_of_the_start_does_not_grow() -> None:
+    """A category that is always refused moves by rounding only; later it moves a million times as much."""
+    some = {part: np.zeros((1, 1)) for part in PATHWAYS}
+    start = NoiseFloor(8, 1e-3, some, some, np.array([[2e-8], [1e-3]]), np.array([[4e-8], [1e-6]]))
+    _, behaviour, functional = _grown(start, some, np.array([[1e-2], [3e-3]]), np.zeros(2))
+    np.testing.assert_allclose(behaviour, [[4e-8], [3e-6]])
+    assert functional is None
 
 
 def test_health_of_a_known_sae(handle: SAEHandle) -> None:

@@ -80,6 +80,15 @@ def test_a_plan_without_renewals_has_none(plan: Plan, calls: list[dict[str, Any]
     assert calls == []
 
 
+def test_functionals_without_a_floor_at_the_start_get_none_later(plan: Plan, calls: list[dict[str, Any]]) -> None:
+    """Or sums over the run would hold that of some windows only."""
+    watch = NoiseMeter(plan, None, None, lambda before, after: np.zeros(2))  # type: ignore[arg-type]
+    watch.windows = 3
+    watch.renewed(None, at(4), floor())  # type: ignore[arg-type]
+    watch.renewed(None, at(4), replace(floor(), functional_random=np.ones(2), functional_rounding=np.ones(2)))  # type: ignore[arg-type]
+    assert [call["measure"] is None for call in calls] == [True, False]
+
+
 def test_what_had_no_floor_at_the_start_gets_none_later(plan: Plan, calls: list[dict[str, Any]]) -> None:
     watch = meter(plan)
     assert watch.first(None, at(0), 0.0) is None  # a learning rate of zero
