@@ -75,7 +75,6 @@ def measure_case(setup: Setup, sizes: Mapping[str, Any], *, quick: bool) -> dict
         "mib": {name: round(value, 2) for name, value in timed.mib.items()},
         "left_out": {} if exact else {"exact": f"its {readings} readings take more than {EXACT_SECONDS:g} s"},
         "work": work.as_json(),
-        "answers": int((parts.batch["labels"] != -100).sum()),
         "default_engine": parts.default_engine(),
     }
 

@@ -155,7 +155,7 @@ def _check_policy(bench: Bench) -> None:
     bench.found += [
         findings.policy_finding(policy, fit["r2"][0], fit["r2_loo"][0]),
         findings.gaps_finding(gaps),
-        findings.cost_finding(tokens, seconds, before, plan.every),
+        findings.cost_finding(tokens, seconds, before, plan.every, plan.noise_draws if plan.renew_noise else 0),
     ]
     bench.facts["policy"] = facts_of(policy, probes)
     bench.facts["gaps"] = [gap["category"] for gap in gaps if gap["is_gap"]]

@@ -178,12 +178,13 @@ def gaps_finding(gaps: Sequence[Mapping[str, Any]]) -> Finding:
     return Finding("gaps", "OK", f"{len(found)} before training: {', '.join(found[:5])}{rest}")
 
 
-def cost_finding(tokens: int, seconds: float, readings_before: int, every: int) -> Finding:
-    """What measuring will cost on this machine."""
+def cost_finding(tokens: int, seconds: float, readings_before: int, every: int, renewal: int) -> Finding:
+    """What measuring will cost on this machine. ``renewal``: readings of a renewal of the noise floor, 0 without."""
     when = "optimizer step" if every == 1 else f"{every} optimizer steps"
     return Finding(
         "cost",
         "OK",
         f"{tokens:,} tokens and {seconds:.2f} s a reading on this machine: once per {when}, and about "
-        f"{readings_before * seconds:.0f} s before the first",
+        f"{readings_before * seconds:.0f} s before the first"
+        + (f"; {renewal} readings more for the noise floor after 4, 8, 16, ... of them" if renewal else ""),
     )

@@ -62,6 +62,7 @@ def test_what_fits_passes_with_all_its_figures(shelf: Any, tmp_path: Path, smda:
     assert sum(shares["refuse"].values()) == sum(shares["comply"].values()) == 1.0
     assert found.json["policy"]["n_features"] == 8
     assert found.json["cost"]["readings_before"] == 5
+    assert "; 2 readings more for the noise floor after 4, 8, 16, ... of them" in by_name(found)["cost"]["detail"]
     assert found.json["cost"]["tokens_per_reading"] > 40 * 20
 
 
